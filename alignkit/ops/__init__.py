@@ -1,0 +1,22 @@
+"""Operators: a reference in torch, and kernels in C++, CUDA and Triton that agree with it."""
+
+from alignkit.ops.advantages import (
+    gae,
+    gae_reference,
+    supported_gae,
+    supported_gae_reference,
+)
+from alignkit.ops.dispatch import Backend, backends
+from alignkit.ops.logprobs import TokenLogps, token_logps, token_logps_reference
+
+__all__ = [
+    "Backend",
+    "TokenLogps",
+    "backends",
+    "gae",
+    "gae_reference",
+    "supported_gae",
+    "supported_gae_reference",
+    "token_logps",
+    "token_logps_reference",
+]

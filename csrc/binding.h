@@ -1,0 +1,55 @@
+// What the pybind11 modules _cpu and _cuda share: addresses in, checked arguments out. Python
+// has checked the tensors (alignkit/ops/dispatch.py); this catches a caller that went past it.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "gae.h"
+
+namespace alignkit {
+
+template <class T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline void require_sizes(std::int64_t rows, std::int64_t columns) {
+  if (rows < 0 || columns < 0) throw std::invalid_argument("sizes must not be negative");
+}
+
+inline void require(std::uintptr_t address, const char* name) {
+  if (!address) throw std::invalid_argument(std::string(name) + " must not be null");
+}
+
+inline GaeArguments gae_arguments(std::uintptr_t rewards, std::uintptr_t values,
+                                  std::uintptr_t terminated, std::uintptr_t truncated,
+                                  std::uintptr_t bootstrap, std::uintptr_t mask,
+                                  std::uintptr_t supported, float v_min, float gamma, float lam,
+                                  std::uintptr_t advantages, std::uintptr_t targets,
+                                  std::int64_t B, std::int64_t T) {
+  require_sizes(B, T);
+  if (B > 0 && T > 0) {
+    require(rewards, "rewards");
+    require(values, "values");
+    require(advantages, "advantages");
+    if (supported) require(targets, "targets");
+  }
+  return {at<const float>(rewards),
+          at<const float>(values),
+          at<const std::uint8_t>(terminated),
+          at<const std::uint8_t>(truncated),
+          at<const float>(bootstrap),
+          at<const std::uint8_t>(mask),
+          at<const std::uint8_t>(supported),
+          v_min,
+          gamma,
+          gamma * lam,
+          at<float>(advantages),
+          at<float>(targets),
+          B,
+          T};
+}
+
+}  // namespace alignkit

@@ -1,0 +1,35 @@
+// Entry points of the C++ kernels; bindings.cpp hands them to Python.
+#pragma once
+
+#include <cstdint>
+
+#include "gae.h"
+
+namespace alignkit {
+
+void gae(const GaeArguments& args);
+
+enum class Dtype { float32, bfloat16 };
+
+// (N, V) logits whose rows are `stride` elements apart, and (N,) of everything else.
+struct TokenLogpsArguments {
+  const void* logits;
+  Dtype dtype;
+  std::int64_t stride;
+  const std::int64_t* ids;
+  float temperature;
+  float* logps;
+  float* entropy;
+  float* top;      // largest logit of the row
+  float* log_sum;  // log sum exp((logit - top) / temperature)
+  std::int64_t N;
+  std::int64_t V;
+};
+
+void token_logps(const TokenLogpsArguments& args);
+
+// From what the forward pass kept; `grad` is (N, V) without gaps, in the dtype of `logits`.
+void token_logps_backward(const TokenLogpsArguments& kept, const float* grad_logps,
+                          const float* grad_entropy, void* grad);
+
+}  // namespace alignkit

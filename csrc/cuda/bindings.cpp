@@ -1,0 +1,38 @@
+// The module alignkit._cuda. It carries its own CUDA runtime and imports without a driver, so
+// that one build serves every machine and every torch.
+#include <pybind11/pybind11.h>
+
+#include "binding.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace alignkit;
+
+namespace {
+
+int device_count() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+void bound_gae(std::uintptr_t rewards, std::uintptr_t values, std::uintptr_t terminated,
+               std::uintptr_t truncated, std::uintptr_t bootstrap, std::uintptr_t mask,
+               std::uintptr_t supported, float v_min, float gamma, float lam,
+               std::uintptr_t advantages, std::uintptr_t targets, std::int64_t B, std::int64_t T,
+               int device, std::uintptr_t stream) {
+  const GaeArguments args =
+      gae_arguments(rewards, values, terminated, truncated, bootstrap, mask, supported, v_min,
+                    gamma, lam, advantages, targets, B, T);
+  if (B == 0 || T == 0) return;
+  const cudaError_t status = gae_on_device(args, device, reinterpret_cast<cudaStream_t>(stream));
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("gae on CUDA: ") + cudaGetErrorString(status));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of alignkit.ops; arguments are device addresses, sizes, a stream.";
+  m.def("device_count", &device_count);
+  m.def("gae", &bound_gae, py::call_guard<py::gil_scoped_release>());
+}
