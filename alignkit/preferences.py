@@ -107,6 +107,9 @@ class PreferencePairs:
     def rejected(self) -> Tokens:
         return self.answers[len(self) :]
 
+    def to(self, device) -> "PreferencePairs":
+        return PreferencePairs(self.answers.to(device))
+
     def __getitem__(self, rows: Tensor) -> "PreferencePairs":
         return PreferencePairs(self.answers[torch.cat([rows, rows + len(self)])])
 

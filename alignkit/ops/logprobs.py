@@ -71,7 +71,8 @@ def _backward_by_reference(grad_logps, grad_entropy, logits, ids, entropy, top, 
 def _rows(
     logits: Tensor, # (N, V)
 ) -> Tensor: # (N, V), the tokens of a row side by side; rows may be apart
-    return logits if logits.stride(1) == 1 and not logits.is_neg() else dense(logits)
+    usable = logits.stride(1) == 1 and not logits.is_neg()
+    return logits if usable else logits.resolve_neg().contiguous()
 
 # %% ../../nbs/kernels/02_logprobs.ipynb #776b22d6
 def _on_cpu(logits, ids, temperature, *outputs):

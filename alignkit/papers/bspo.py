@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ARXIV', 'BURNT_SEEDS', 'TABULAR_SEEDS', 'ARMS', 'LABELS', 'EVALUATED', 'SHOWN_RESPONSES', 'SHARED_FIELDS',
-           'STAGE_FIELDS', 'ARM_FIELDS', 'FIG3', 'FIG4B', 'policy_values', 'greedy', 'minimum_return',
-           'supported_backup', 'contraction_ratio', 'supported_q_values', 'supported_policy_iteration',
-           'supported_value_iteration', 'supported_state_values', 'v_form_deviation', 'tabular', 'Config', 'train_sft',
-           'train_scorelm', 'evaluate_policy', 'Players', 'load_players', 'train_policy', 'peak_drop', 'language_jobs',
-           'jobs', 'run', 'tabular_claims', 'rise_before_peak', 'main_claims', 'claims', 'plots']
+           'STAGE_FIELDS', 'ARM_FIELDS', 'FIG3', 'FIG4B', 'KL_COEFS', 'UWO_WEIGHTS', 'REGIME_ARMS', 'policy_values',
+           'greedy', 'minimum_return', 'supported_backup', 'contraction_ratio', 'supported_q_values',
+           'supported_policy_iteration', 'supported_value_iteration', 'supported_state_values', 'v_form_deviation',
+           'tabular', 'Config', 'train_sft', 'train_scorelm', 'evaluate_policy', 'Players', 'load_players',
+           'train_policy', 'peak_drop', 'language_jobs', 'jobs', 'run', 'tabular_claims', 'rise_before_peak',
+           'main_claims', 'claims', 'plots', 'regime_jobs', 'regime_table', 'show_responses', 'responses']
 
 # %% ../../nbs/papers/01_bspo.ipynb #f77d76cf
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 
 from .. import runs
 from ..claims import Claim, Exact, Greater, NotTested, Plot, Reported, difference, scalar
-from ..generate.local import Samples, sample
+from ..generate.local import sample
 from alignkit.models.language import (
     LanguageCritic,
     LanguagePolicy,
@@ -35,10 +36,12 @@ from alignkit.models.scores import (
     Scores,
     UncertaintyWeighted,
     WorstCase,
+    behaviour_logps,
     calibrate_eps_beta,
     tiny_scorelm,
 )
 from alignkit.preferences import (
+    PreferencePairs,
     answer_scores,
     encode,
     encode_pairs,
@@ -60,7 +63,6 @@ from alignkit.worlds.grammar import (
     grammar_tokenizer,
     preference_dataset,
     sample_sentences,
-    supported_optimum,
     to_text,
     unsupported,
 )
@@ -202,6 +204,7 @@ class Config:
     "Everything that a run of the language experiment depends on, seeds aside."
 
     world: str = "S"  # which gold reward: see worlds.grammar
+    device: str = "cpu"  # at this size a GPU is slower
     demonstrations: int = 4000  # sentences the policy starts from …
     demonstration_noise: float = 0.2  # … of whose words this share is random
     preference_pairs: int = 3000  # labelled pairs, all inside the grammar
@@ -245,14 +248,14 @@ BURNT_SEEDS = range(10)  # used to choose the regime: never reported
 TABULAR_SEEDS = 20
 
 # %% ../../nbs/papers/01_bspo.ipynb #41f54b9a
-def _all_real(ids: np.ndarray) -> Tokens:
+def _all_real(ids: np.ndarray, device: str) -> Tokens:
     "Sentences of the grammar as tokens: one prompt word, no padding."
-    tensor = torch.from_numpy(ids)
+    tensor = torch.from_numpy(ids).to(device)
     return Tokens(tensor, torch.ones_like(tensor, dtype=torch.bool), prompt_length=1)
 
 
-def _every_prompt(n: int) -> torch.Tensor:  # (n, 1): the sixteen words in turn
-    return (torch.arange(n) % PAD)[:, None]
+def _every_prompt(n: int, device: str) -> torch.Tensor:  # (n, 1): the sixteen words in turn
+    return (torch.arange(n, device=device) % PAD)[:, None]
 
 
 @stage(version=1)
@@ -263,10 +266,11 @@ def train_sft(work: Work) -> Result:
     rows = demonstration_dataset(world, config.demonstrations, derive_seed(work.seed, "sft"),
                                  config.demonstration_noise)
     lm = tiny_causal_lm(tokenizer, derive_seed(work.seed, "policy"), width=config.width,
-                        layers=config.layers)
+                        layers=config.layers).to(config.device)
+    demonstrations = encode(tokenizer, rows["prompt"][:], rows["completion"][:])
     with one_thread(), quiet_transformers():
         history = fit_sft(
-            lm, encode(tokenizer, rows["prompt"][:], rows["completion"][:]),
+            lm, demonstrations.to(config.device),
             steps=config.sft_steps, batch_size=config.batch_size, lr=config.sft_lr,
             seed=derive_seed(work.seed, "sft order"), checkpoints=work.checkpoints,
             on_round=_reporter(work, config.sft_steps, "loss"))
@@ -290,9 +294,9 @@ def train_scorelm(work: Work) -> Result:
     config, tokenizer = Config(**work.config), grammar_tokenizer()
     world = TokenGrammar(work.seed, config.world)
     pairs = encode_pairs(tokenizer, preference_dataset(
-        world, config.preference_pairs, derive_seed(work.seed, "preferences")))
+        world, config.preference_pairs, derive_seed(work.seed, "preferences"))).to(config.device)
     scorelm = tiny_scorelm(tokenizer, derive_seed(work.seed, work.arm), width=config.width,
-                           layers=config.layers)
+                           layers=config.layers).to(config.device)
     with one_thread(), quiet_transformers():
         history = fit_scorelm(
             scorelm, pairs, steps=config.scorelm_steps, batch_size=config.batch_size,
@@ -309,31 +313,27 @@ def _scorelm_quality(
     scorelm: ScoreLM, world: TokenGrammar, config: Config, seed: int
 ) -> dict[str, float]:
     "Pair accuracy in and out of distribution, and the support detector's errors."
-    tokenizer, n = grammar_tokenizer(), 2000
-    inside = preference_dataset(world, n, derive_seed(seed, "inside pairs"))
-    noisy = preference_dataset(world, 2 * n, derive_seed(seed, "outside pairs"),
-                               config.demonstration_noise)
-    outside = encode_pairs(tokenizer, noisy)
-    leaves = np.flatnonzero(unsupported(world, outside.answers.input_ids.numpy()).any(1)
-                            .reshape(2, -1).any(0))
-    held_out = _all_real(sample_sentences(world, 1000, derive_seed(seed, "held out")))
-    eps_beta = calibrate_eps_beta(scorelm, held_out, config.support_quantile)
-    probe = sample_sentences(world, n, derive_seed(seed, "probe"), config.demonstration_noise)
-    called_out = ~_supported(scorelm, _all_real(probe), eps_beta)
-    is_out = unsupported(world, probe)
+    n, noise, device = 2000, config.demonstration_noise, config.device
+
+    def pairs(purpose: str, n: int, noise: float) -> PreferencePairs:
+        rows = preference_dataset(world, n, derive_seed(seed, purpose), noise)
+        return encode_pairs(grammar_tokenizer(), rows).to(device)
+
+    outside = pairs("outside pairs", 2 * n, noise)
+    answers = unsupported(world, outside.answers.input_ids.cpu().numpy()).any(1)
+    leaves = np.flatnonzero(answers.reshape(2, -1).any(0))
+    held_out = sample_sentences(world, 1000, derive_seed(seed, "held out"))
+    eps_beta = calibrate_eps_beta(scorelm, _all_real(held_out, device), config.support_quantile)
+    probe = sample_sentences(world, n, derive_seed(seed, "probe"), noise)
+    beta = behaviour_logps(scorelm, _all_real(probe, device)).exp().cpu().numpy()
+    called_out, is_out = beta <= eps_beta, unsupported(world, probe)
     return {
-        "accuracy_inside": pair_accuracy(scorelm, encode_pairs(tokenizer, inside)),
+        "accuracy_inside": pair_accuracy(scorelm, pairs("inside pairs", n, 0.0)),
         "accuracy_outside": pair_accuracy(scorelm, outside[torch.from_numpy(leaves)]),
         "eps_beta": eps_beta,
         "detector_recall": float(called_out[is_out].mean()),
         "detector_false_alarms": float(called_out[~is_out].mean()),
     }
-
-
-def _supported(scorelm: ScoreLM, tokens: Tokens, eps_beta: float) -> np.ndarray:  # (B, T) bool
-    samples = Samples(tokens, torch.zeros(tokens.completion_ids.shape), tokens.completion_mask,
-                      torch.ones(len(tokens), dtype=torch.bool))
-    return score_samples(samples, ScoreLMScorer(scorelm, eps_beta)).supported.numpy()
 
 # %% ../../nbs/papers/01_bspo.ipynb #3d6fc6e4
 ARMS = ("ppo", "ppo_kl", "wco", "uwo", "bspo")
@@ -367,10 +367,10 @@ def evaluate_policy(
     seed: int,
 ) -> tuple[dict[str, float], np.ndarray]:  # figures, and the sentences (n, 1+T)
     "Gold and proxy reward, unsupported words and KL of a policy's sentences."
-    samples = sample(policy.lm, _every_prompt(n), max_new_tokens=world.length,
+    samples = sample(policy.lm, _every_prompt(n, policy.lm.device), max_new_tokens=world.length,
                      generator=generator(seed, "evaluation"), temperature=policy.temperature)
     rollout = score_samples(samples, scorer, reference)
-    ids = samples.tokens.input_ids.numpy()
+    ids = samples.tokens.input_ids.cpu().numpy()
     true = gold(world, ids)
     halves = true.reshape(-1, 2, PAD).mean((0, 2))
     return {
@@ -406,12 +406,14 @@ def load_players(work: Work, config: Config) -> Players:
     "The players of an arm, from the jobs that it needs."
     sft = work.need("train_sft").folder / "policy"
     needs = [work.need("train_scorelm", f"scorelm-{i}") for i in range(config.members)]
-    members = [ScoreLM.from_pretrained(need.folder / "scorelm") for need in needs]
+    members = [ScoreLM.from_pretrained(need.folder / "scorelm").to(config.device)
+               for need in needs]
     scorer, algorithm = _method(work.arm, config, members, needs[0].record.scalars)
     critic = tiny_critic(grammar_tokenizer(), derive_seed(work.seed, "critic"),
-                         width=config.width, layers=config.layers)
-    return Players(TokenGrammar(work.seed, config.world), LanguagePolicy.from_pretrained(sft),
-                   LanguagePolicy.from_pretrained(sft), critic, scorer, algorithm)
+                         width=config.width, layers=config.layers).to(config.device)
+    policy, reference = (LanguagePolicy.from_pretrained(sft).to(config.device) for _ in range(2))
+    return Players(TokenGrammar(work.seed, config.world), policy, reference, critic, scorer,
+                   algorithm)
 
 # %% ../../nbs/papers/01_bspo.ipynb #ccd3ab47
 @stage(version=1)
@@ -435,7 +437,7 @@ def train_policy(work: Work) -> Result:
 
 
 def _collector(players: Players, config: Config, seed: int) -> LanguageCollector:
-    prompts = _every_prompt(PAD)
+    prompts = _every_prompt(PAD, config.device)
     return LanguageCollector(
         players.policy, prompts, torch.ones_like(prompts, dtype=torch.bool), players.scorer,
         config.completions, players.world.length, seed=derive_seed(seed, "rollouts"),
@@ -485,7 +487,7 @@ def peak_drop(curves: Mapping[str, Sequence[float]]) -> dict[str, float]:
     }
 
 # %% ../../nbs/papers/01_bspo.ipynb #b58a7503
-SHARED_FIELDS = ("world", "width", "layers", "batch_size")
+SHARED_FIELDS = ("world", "device", "width", "layers", "batch_size")
 STAGE_FIELDS = {
     "train_sft": ("demonstrations", "demonstration_noise", "sft_steps", "sft_lr"),
     "train_scorelm": ("preference_pairs", "scorelm_steps", "scorelm_lr", "lm_coef",
@@ -687,3 +689,44 @@ def plots() -> list[Plot]:
         Plot("unsupported", "unsupported", "unsupported words of 8",
              _title("unsupported", "Words outside the grammar: PPO {:.1f}, BSPO {:.2f}"), ARMS),
     ]
+
+# %% ../../nbs/papers/01_bspo.ipynb #8c79cce0
+KL_COEFS = (0.02, 0.05, 0.1, 0.2)
+UWO_WEIGHTS = (0.1, 0.5)
+REGIME_ARMS = ("ppo", "bspo", "wco", *(f"ppo_kl@{value:g}" for value in KL_COEFS),
+               *(f"uwo@{value:g}" for value in UWO_WEIGHTS))
+
+
+def regime_jobs() -> list[Job]:
+    "The search on burnt seeds: does PPO over-optimize, and which coefficients are best?"
+    return language_jobs(Config.mini(), BURNT_SEEDS, REGIME_ARMS)
+
+
+def regime_table(records: Sequence[Record]) -> list[dict[str, float | str]]:
+    "One row an arm: mean gold at the end, unsupported words, and seeds with a drop of ≥ 1."
+    rows = []
+    for arm in REGIME_ARMS:
+        drops = scalar(records, arm, "gold_drop")
+        rows.append({
+            "arm": arm, "seeds": len(drops), "gold_end": _mean_end(records, arm, "gold"),
+            "unsupported_end": _mean_end(records, arm, "unsupported"),
+            "drop": float(np.mean(list(drops.values()))),
+            "seeds_with_drop": sum(drop >= 1 for drop in drops.values())})
+    return rows
+
+# %% ../../nbs/papers/01_bspo.ipynb #9177d28f
+def show_responses(world: TokenGrammar, ids: np.ndarray) -> list[str]:  # one line a sentence
+    "Sentences as text, prompt first, with every unsupported word in [brackets]."
+    ids = np.asarray(ids)
+    outside, lines = unsupported(world, ids), []
+    for row, marks in zip(ids, outside, strict=True):
+        first, *words = to_text(row[None])[0].split()
+        shown = [f"[{word}]" if mark else word for word, mark in zip(words, marks, strict=True)]
+        lines.append(f"{first} → {' '.join(shown)}")
+    return lines
+
+
+def responses(record: Record, world: TokenGrammar) -> list[str]:
+    "The sentences that a record kept, as `show_responses` writes them."
+    ids = np.array(record.curves["responses"], dtype=np.int64)
+    return show_responses(world, ids.reshape(-1, 1 + world.length))

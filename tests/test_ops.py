@@ -1,0 +1,164 @@
+"""What holds for every operator: the registration, the choice of a backend, the compiler."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from ops_cases import require
+
+from alignkit import ops
+from alignkit.ops import dispatch
+
+OPERATORS = [name for name in ops.__all__ if f"{name}_reference" in ops.__all__]
+REGISTERED = [*OPERATORS, "token_logps_backward", "flags"]
+
+
+def samples(name):
+    """Arguments of the registered operator `alignkit::name`, every optional one given and not."""
+    B, T, V = 3, 5, 7
+    steps, values, flags = torch.randn(B, T), torch.randn(B, T + 1), torch.rand(B, T) < 0.5
+    logits, ids = torch.randn(B, V), torch.tensor([0, -100, 6])
+    if name == "gae":
+        yield steps, values, flags, None, None, None, 0.9, 0.95, None
+        yield steps, values.bfloat16(), flags, flags, steps, flags, 1.0, 1.0, "reference"
+    if name == "supported_gae":
+        yield steps, values, flags, None, None, -1.0, 0.9, 0.95, None
+        yield steps.double(), values, flags, flags, flags, -1.0, 0.9, 0.95, None
+    if name == "token_logps":
+        yield logits, ids, 1.0, None
+        yield logits.clone().requires_grad_(), ids.int(), 0.7, "cpu"
+        yield logits.bfloat16().requires_grad_(), ids, 0.7, "reference"
+    if name == "token_logps_backward":
+        saved = logits.amax(1), (logits - logits.amax(1, True)).logsumexp(1)
+        yield torch.randn(B), torch.randn(B), logits, ids, torch.rand(B), *saved, 1.0, None
+    if name == "flags":
+        yield flags.float(), "mask"
+
+
+def test_the_list_of_operators_is_the_registry():
+    assert set(OPERATORS) == {"gae", "supported_gae", "token_logps"}
+    assert set(REGISTERED) == {n for n in dispatch._functions if "." not in n}
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_opcheck(name):
+    require("cpu")
+    op = getattr(torch.ops.alignkit, name).default
+    for args in samples(name):
+        torch.library.opcheck(op, args)
+
+
+def compiled(f, backend="aot_eager"):
+    torch._dynamo.reset()
+    return torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
+
+
+def three_operators(rewards, values, flags, logits, ids):
+    advantages = ops.gae(rewards * 2, values, flags, 0.9, truncated=flags, mask=flags)
+    floored, targets = ops.supported_gae(rewards, values, flags > 0, -2.0, mask=flags)
+    out = ops.token_logps(logits * 0.5, ids, temperature=0.7, eps_beta=0.1)
+    support = out.supported.float().sum()
+    return (advantages + floored + targets).sum() + (out.logps + out.entropy).sum() + support
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_one_graph_serves_every_shape(backend):
+    require("cpu")
+    f = compiled(three_operators, backend)
+    for B, T, V in [(2, 3, 5), (4, 9, 6), (3, 17, 11)]:
+        x = (torch.randn(B, T), torch.randn(B, T + 1), (torch.rand(B, T) < 0.5).float())
+        ids = torch.randint(0, V, (B,))
+        logits, same = (torch.randn(B, V).requires_grad_() for _ in range(2))
+        same.data.copy_(logits.data)
+        expected, got = three_operators(*x, same, ids), f(*x, logits, ids)
+        torch.testing.assert_close(got, expected)
+        got.backward()
+        expected.backward()
+        torch.testing.assert_close(logits.grad, same.grad)
+    with pytest.raises(ValueError, match="mask: expected only 0 and 1|terminated: expected only"):
+        f(x[0], x[1], x[2] + 0.5, logits, ids)
+
+
+def test_compiled_code_still_refuses_by_name():
+    f = compiled(lambda logits, ids: ops.token_logps(logits, ids).logps)
+    with pytest.raises(Exception, match=r"ids: expected -100 or 0 <= id < 4"):
+        f(torch.zeros(2, 4), torch.tensor([0, 4]))
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Make a compiled backend missing, as on a machine that could not build it."""
+    caches = dispatch.extension, dispatch.problem, dispatch.warn_slow
+
+    def remove(name):
+        monkeypatch.setitem(sys.modules, f"alignkit._{name}", None)
+        for cache in caches:
+            cache.cache_clear()
+
+    yield remove
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_a_missing_extension_costs_time_and_one_warning(without):
+    x = torch.randn(2, 3), torch.randn(2, 4), torch.zeros(2, 3)
+    expected = ops.gae_reference(*x)
+    without("cpu")
+    with pytest.warns(RuntimeWarning, match=r"reference serves.*install a C\+\+ compiler"):
+        assert torch.equal(ops.gae(*x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.gae(*x)
+        ops.token_logps(torch.zeros(2, 3), torch.zeros(2).long())
+        ops.gae(*x, backend="reference")
+    with pytest.raises(RuntimeError, match="backend: 'cpu' is not usable here: not compiled"):
+        ops.gae(*x, backend="cpu")
+    problems = {b.name: b for b in ops.backends()}
+    assert not problems["cpu"].usable and "install a C++ compiler" in problems["cpu"].problem
+    assert problems["reference"].usable
+
+
+def test_backends_say_why_not():
+    assert [b.name for b in ops.backends()] == ["reference", "cpu", "cuda", "triton"]
+    for backend in ops.backends():
+        assert backend.usable or len(backend.problem) > 10
+
+
+def test_float64_takes_the_reference():
+    x = torch.randn(2, 3).double(), torch.randn(2, 4).double(), torch.zeros(2, 3)
+    assert ops.gae(*x).dtype == torch.float64
+    with pytest.raises(TypeError, match="backend: 'triton' takes float32 and bfloat16"):
+        require("triton")
+        ops.gae(*x, backend="triton")
+
+
+def test_defining_an_operator_again_replaces_it():
+    schema, fake = "test_again(Tensor x) -> Tensor", torch.empty_like
+    dispatch.define(schema, lambda x: x + 1, fake)
+    dispatch.define(schema, lambda x: x + 2, fake)
+    assert torch.ops.alignkit.test_again(torch.zeros(1)) == 2
+    del dispatch._functions["test_again"], dispatch._functions["test_again.fake"]
+
+
+def python(code, **env):
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_operators_is_light():
+    out = python("import sys, alignkit.ops; print('triton' in sys.modules, 'numpy.testing' in sys.modules)")
+    assert out.split()[0] == "False"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without GPU")
+def test_triton_imported_too_early_is_explained():
+    code = "import triton; from alignkit import ops; print(dict(ops.backends())['triton'])"
+    assert "imported before alignkit's kernels" in python(f"import os; os.environ.pop('TRITON_INTERPRET', 0); {code}")

@@ -1,0 +1,53 @@
+"""Triton kernels compile for real GPUs, which the interpreter cannot show. No GPU is needed."""
+
+import subprocess
+import sys
+
+import pytest
+from ops_cases import require
+
+# In a process of its own: under the interpreter there is nothing to compile.
+COMPILE = """
+import itertools, sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from alignkit._triton import advantages, logprobs
+
+F32, BF16, I8, I64, INT = "*fp32", "*bf16", "*u8", "*i64", "i32"
+FLAGS = ("HAS_END", "HAS_CUT", "HAS_BOOTSTRAP", "HAS_MASK", "HAS_FLOOR")
+GAE = dict(rewards=F32, values=F32, terminated=I8, truncated=I8, bootstrap=F32, mask=I8,
+           supported=I8, floored=I8, advantages=F32, targets=F32, T=INT, v_min="fp32",
+           gamma="fp32", decay="fp32")
+
+def build(kernel, signature, constants, arch):
+    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(k),): v
+                                                      for k, v in constants.items()})
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    assert len(binary.asm["cubin"]) > 1000
+    return binary
+
+for arch in (80, 90):
+    for flags in ((1, 0, 0, 0, 0), (1, 1, 1, 1, 0), (0, 0, 0, 1, 1)):
+        for block in (16, 1024):
+            build(advantages._gae_fwd, GAE, dict(zip(FLAGS, flags)) | {"BLOCK_T": block}, arch)
+    for dtype in (F32, BF16):
+        rows = dict(logits=dtype, ids=I64, stride=INT, V=INT, inverse_temperature="fp32")
+        build(logprobs._token_logps_fwd, rows | dict(logps=F32, entropy=F32, tops=F32,
+              log_sums=F32), {"BLOCK_V": 4096}, arch)
+        build(logprobs._token_logps_bwd, rows | dict(grad_logps=F32, grad_entropy=F32,
+              entropy=F32, tops=F32, log_sums=F32, grad=dtype), {"BLOCK_V": 4096}, arch)
+print("compiled")
+"""
+
+
+@pytest.mark.timeout(300)
+def test_kernels_compile_for_sm_80_and_sm_90(tmp_path):
+    require("triton")
+    import os
+
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env
+    )
+    assert done.stdout.strip() == "compiled", done.stderr[-3000:]
