@@ -81,7 +81,8 @@ PAPERS: dict[str, Paper] = {p.key: p for p in [
 def results_folder()->Path | None: # None where the package is not installed
     "The committed results: `results/` of a checkout, or their copy in the package."
     spec = find_spec(RESULTS_PACKAGE)
-    return Path(*spec.submodule_search_locations) if spec else None
+    places = spec and spec.submodule_search_locations
+    return Path(*places) if places else None
 
 def committed_results(
     paper:str, # key
@@ -128,7 +129,8 @@ def rows(
     holm = holm_by_key(results["claims"])
     earlier = committed["claims"] if committed else []
     before = {(c["key"], c["scale"]): c for c in earlier}
-    return [_row(c, holm, before.get((c["key"], c["scale"]))) for c in results["claims"]]
+    now = results["claims"]
+    return [_row(c, holm, before.get((c["key"], c["scale"]))) for c in now]
 
 def _row(claim:Mapping, holm:Mapping[str, float], before:Mapping|None)->dict[str, str]:
     return {
@@ -196,7 +198,8 @@ def claims_table(
         run = f"{r['value']}\n{r['interval']}"
         cells = [r["key"], statement, r["paper"], run, r["p"], r["holm"], r["verdict"]]
         if committed:
-            cells.append(f"{r['before']}\n{r['before_interval']}\n{r['before_verdict']}")
+            before = (r["before"], r["before_interval"], r["before_verdict"])
+            cells.append("\n".join(before))
         body.append(_aligned(cells, widths))
     head = _aligned(list(columns), widths) + "\n" + "  ".join("─" * w for w in widths)
     top, bottom = (_filled(line) for line in (heading(results), footing(results)))
@@ -205,9 +208,9 @@ def claims_table(
 # %% ../nbs/library/12_report.ipynb #8b43ccb0
 def heading(results:Mapping[str, Any])->str:
     "What ran, where and how long: one line."
-    what = f"{results['paper']} at {results['scale']} scale"
+    what = f"{results['paper']} at {results['scale']} scale, seeds {span(results['seeds'])}"
     minutes = f"{results['seconds'] / 60:.1f} minutes on {machine(results)}"
-    return f"{what}, seeds {span(results['seeds'])}: {minutes}, commit {results['commit']}"
+    return f"{what}: {minutes}, commit {results['commit']}"
 
 def machine(results:Mapping[str, Any])->str:
     "Processor and cores; a run elsewhere may have noted other things."
@@ -445,7 +448,7 @@ def _strip_labels(axes:"Axes", claim:Mapping[str, Any]):
     statement = textwrap.shorten(_printable(claim["statement"]), 84, placeholder=" …")
     left = f"{claim['key']}\n{textwrap.fill(statement, 42)}"
     right = f"{number(claim['value'])} {interval(claim['ci95'])}\n{claim['verdict']}"
-    look = {"va": "center", "fontsize": 8.5, "linespacing": 1.25, "parse_math": False}
+    look: dict[str, Any] = {"va": "center", "fontsize": 8.5, "linespacing": 1.25, "parse_math": False}
     axes.text(-0.02, 0.5, left, ha="right", transform=axes.transAxes, **look)
     axes.text(1.02, 0.5, right, ha="left", transform=axes.transAxes, **look)
 
@@ -492,7 +495,8 @@ def update_readme(
 )->bool: # whether the file changed
     "Write the table between its two markers. ValueError unless each stands there once."
     old = Path(path).read_text(encoding="utf-8")
-    if (old.count(BEGIN), old.count(END)) != (1, 1) or old.index(BEGIN) > old.index(END):
+    once = old.count(BEGIN) == old.count(END) == 1
+    if not once or old.index(BEGIN) > old.index(END):
         raise ValueError(f"path: {path} needs {BEGIN} and {END}, in this order, once")
     before, after = old.split(BEGIN)[0], old.split(END)[1]
     new = f"{before}{BEGIN}\n{readme_table()}\n{END}{after}"
@@ -537,7 +541,7 @@ run. What failed is shown like what held.</p>
 {% for s in sections %}<section id="{{ s.key }}">
 <h2>{{ s.name }}</h2>
 <p>{{ s.title }},
-<a href="https://arxiv.org/abs/{{ s.arxiv }}" rel="noreferrer">arXiv:{{ s.arxiv }}</a></p>
+<a href="https://arxiv.org/abs/{{ s.arxiv }}">arXiv:{{ s.arxiv }}</a></p>
 <dl>{% for term, text in s.facts %}<dt>{{ term }}</dt><dd>{{ text }}</dd>
 {% endfor %}</dl>
 <div class="scroll">{{ s.table }}</div>
@@ -563,7 +567,7 @@ def _policy()->str:
             "base-uri 'none'; form-action 'none'")
 
 def _image(figure)->dict[str, Any]:
-    "What an <img> needs; the width in CSS pixels, so that the PNG is sharp on any screen."
+    "What an <img> needs; the width in CSS pixels, so that it is sharp on any screen."
     uri = "data:image/png;base64," + base64.b64encode(png(figure)).decode()
     return {"src": uri, "width": round(figure.get_figwidth() * 96), "alt": figure.alt}
 
@@ -609,7 +613,8 @@ def _section(
 
     paper, claims = PAPERS[results["paper"]], results["claims"]
     return {
-        "key": paper.key, "name": paper.name, "title": paper.title, "arxiv": paper.arxiv,
+        "key": paper.key, "name": paper.name,
+        "title": paper.title, "arxiv": paper.arxiv,
         "facts": _facts(results), "remark": remark,
         "table": Markup(claims_html(results, committed)),
         "dots": _image(dots(claims)) if _with_points(claims) else None,
@@ -642,7 +647,7 @@ def write_report(
     source = Path(folder) if folder is not None else results_folder()
     sections = _page_sections(source, beside=folder is not None) if source else []
     if not sections:
-        raise FileNotFoundError(f"no results in {source}: `alignkit run bspo` makes some")
+        raise FileNotFoundError(f"no results in {source}: try `alignkit run bspo`")
     path = Path(out) if out is not None else Path(folder or ".") / "report.html"
     path.write_text(_page(sections), encoding="utf-8")
     return path

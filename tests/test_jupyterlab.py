@@ -74,8 +74,14 @@ def jupyterlab(folder, home):
         server.wait(timeout=30)
 
 
+SETTLED = """() => document.querySelector('[data-mime-type="application/vnd.jupyter.error"]')
+  || [...document.querySelectorAll('.jp-CodeCell')]
+       .filter(cell => cell.querySelector('.cm-content').innerText.trim())
+       .every(cell => /\\d/.test(cell.querySelector('.jp-InputPrompt').innerText))"""
+
+
 def run_all(url, path):
-    """Open the notebook, Run All, wait until every code cell has its number, save."""
+    """Open the notebook, Run All, wait until every code cell has its number or one failed, save."""
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
@@ -84,11 +90,7 @@ def run_all(url, path):
         page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.wait_for_function(
-            """() => [...document.querySelectorAll('.jp-CodeCell')]
-                     .filter(cell => cell.querySelector('.cm-content').innerText.trim())
-                     .every(cell => /\\d/.test(cell.querySelector('.jp-InputPrompt').innerText))""",
-            timeout=RUN_ALL_SECONDS * 1000)
+        page.wait_for_function(SETTLED, timeout=RUN_ALL_SECONDS * 1000)
         page.keyboard.press("Control+s")
         page.wait_for_selector(".jp-mod-dirty", state="detached", timeout=30_000)
         browser.close()
@@ -103,6 +105,7 @@ def test_run_all_in_the_browser(tmp_path):
     cells = json.loads((tmp_path / "lab" / path).read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code" and cell["source"]]
     outputs = [output for cell in code for output in cell["outputs"]]
+    errors = ["\n".join(output["traceback"]) for output in outputs if output["output_type"] == "error"]
+    assert not errors, errors[0]
     assert all(cell["execution_count"] for cell in code)
-    assert not [output for output in outputs if output["output_type"] == "error"]
     assert any("image/png" in output.get("data", {}) for output in outputs)

@@ -1,5 +1,6 @@
 """Triton kernels compile for real GPUs, which the interpreter cannot show. No GPU is needed."""
 
+import os
 import subprocess
 import sys
 
@@ -44,8 +45,6 @@ print("compiled")
 @pytest.mark.timeout(300)
 def test_kernels_compile_for_sm_80_and_sm_90(tmp_path):
     require("triton")
-    import os
-
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env

@@ -89,10 +89,13 @@ def sample(
         attention_mask = torch.ones_like(prompt_ids)
     attention_mask = attention_mask.bool()
     _check_prompts(prompt_ids, attention_mask)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     B, device = len(prompt_ids), prompt_ids.device
     uniforms = torch.rand((max_new_tokens, B), generator=generator).to(device)
     decode, new_ids = _Decoder(lm, attention_mask), prompt_ids
-    ids, logps, sampled, alive = [], [], [], []
+    ids: list[Tensor] = []
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []  # log-probability, sampled, running
     running = torch.ones(B, dtype=torch.bool, device=device)
     for u in uniforms:
         logits = decode(new_ids)
@@ -102,16 +105,17 @@ def sample(
             so_far = torch.stack(ids, 1) if ids else prompt_ids[:, :0]
             token, logp, chosen = _write(writer(so_far), token, logp, logits, temperature, running)
         token = token.masked_fill(~running, pad_token_id)
-        ids.append(token), logps.append(logp * running)
-        sampled.append(chosen), alive.append(running)
+        ids.append(token)
+        kept.append((logp * running, chosen, running))
         if eos_token_id is not None:
             running = running & (token != eos_token_id)
             if not running.any():
                 break
         new_ids = token[:, None]
+    logps, sampled, alive = (torch.stack(column, 1) for column in zip(*kept, strict=True))
     tokens = Tokens(torch.cat([prompt_ids, torch.stack(ids, 1)], 1),
-                    torch.cat([attention_mask, torch.stack(alive, 1)], 1), prompt_ids.shape[1])
-    return Samples(tokens, torch.stack(logps, 1), torch.stack(sampled, 1), ~running)
+                    torch.cat([attention_mask, alive], 1), prompt_ids.shape[1])
+    return Samples(tokens, logps, sampled, ~running)
 
 
 def _write(written, token, logp, logits, temperature, running):

@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,9 @@ class Scored:
 
 class ScoreLM(nn.Module):
     "A causal LM with a scalar score head beside its own LM head (arXiv:2503.18130, §4)."
+
+    lm: Any
+    centre: Tensor
 
     def __init__(self, lm):  # any transformers causal language model; its LM head is kept
         super().__init__()
@@ -118,6 +122,7 @@ class ScoreLMScorer:
             return Scores(scored.scores)
         found = ops.token_logps(scored.logits.flatten(0, 1), label_ids(tokens).flatten(),
                                 eps_beta=self.eps_beta)
+        assert found.supported is not None  # eps_beta was given
         return Scores(scored.scores, found.supported.view(tokens.completion_ids.shape))
 
 # %% ../../nbs/library/06a_models_scores.ipynb #5e29a48d

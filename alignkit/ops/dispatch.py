@@ -46,7 +46,7 @@ def check_tensor(
     device: torch.device, # the device of the first argument
     dtypes: Sequence[torch.dtype] = FLOATS,
 ) -> None:
-    "Raise unless `x` is a tensor of this shape on this device with one of these dtypes."
+    "Raise unless `x` is a tensor of this shape, device, and one of these dtypes."
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if tuple(x.shape) != tuple(shape):
@@ -55,7 +55,8 @@ def check_tensor(
         expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: expected {expected}, got {x.dtype}")
     if x.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+        came = x.device
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {came}")
 
 # %% ../../nbs/kernels/00_dispatch.ipynb #6fc5f591
 def check_number(
@@ -67,8 +68,9 @@ def check_number(
     "Raise unless `x` is a finite number in [`low`, `high`]."
     if isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a number, got a torch.Tensor")
-    if not (low <= x <= high and -math.inf < x < math.inf):
-        raise ValueError(f"{name}: expected a finite number in [{low}, {high}], got {x}")
+    if not (low <= x <= high and math.isfinite(x)):
+        within = "" if low == -math.inf else f" in [{low}, {high}]"
+        raise ValueError(f"{name}: expected a finite number{within}, got {x}")
 
 # %% ../../nbs/kernels/00_dispatch.ipynb #deb751b3
 library = torch.library.Library("alignkit", "FRAGMENT")
@@ -220,7 +222,8 @@ def check_backend(
         raise ValueError(f"backend: expected None or one of {list(offered)}, "
                          f"got {backend!r}")
     if problem(backend):
-        raise RuntimeError(f"backend: {backend!r} is not usable here: {problem(backend)}")
+        why = problem(backend)
+        raise RuntimeError(f"backend: {backend!r} is not usable here: {why}")
     if double and backend != "reference":
         raise TypeError(f"backend: {backend!r} takes float32 and bfloat16; "
                         "float64 is served by 'reference'")
@@ -238,18 +241,17 @@ def warn_slow(
     name: str, # the backend that is missing
 ) -> None:
     "Say once in a process that the reference serves, and what would change that."
-    warnings.warn(f"alignkit.ops: the slow reference serves, because the {name!r} backend "
-                  f"is missing: {problem(name)}", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"alignkit.ops: the slow reference serves, because the {name!r} backend is "
+        f"missing: {problem(name)}", RuntimeWarning, stacklevel=2)
 
 # %% ../../nbs/kernels/00_dispatch.ipynb #914dc227
 def dense(
-    x: Tensor | None, # any layout; may be a lazily negated view
-    dtype: torch.dtype | None = None, # converts to this dtype
-) -> Tensor | None:
-    "`x` as its pointer shows it: contiguous, nothing pending, in `dtype`. None stays None."
-    if x is None:
-        return None
-    if dtype is not None and x.dtype != dtype:
+    x: Tensor, # any layout; may be a lazily negated view
+    dtype: torch.dtype, # converts to this dtype
+) -> Tensor:
+    "`x` as its pointer shows it: in `dtype`, contiguous, nothing pending."
+    if x.dtype != dtype:
         x = x.to(dtype)
     return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
 
@@ -271,7 +273,7 @@ def device_of(
 def wide(
     x: Tensor, # float32, bfloat16 or float64
 ) -> Tensor:
-    "`x` in the precision that references compute in: float32, or float64 if it came so."
+    "`x` in the precision of the references: float32, or float64 if it came so."
     return x if x.dtype == torch.float64 else x.float()
 
 # %% ../../nbs/kernels/00_dispatch.ipynb #e00011c5

@@ -15,6 +15,7 @@ __all__ = ['ARXIV', 'BURNT_SEEDS', 'TABULAR_SEEDS', 'ARMS', 'LABELS', 'EVALUATED
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from alignkit.models.language import (
     LanguageCritic,
     LanguagePolicy,
     Tokens,
+    encode,
     quiet_transformers,
     tiny_causal_lm,
     tiny_critic,
@@ -43,7 +45,6 @@ from alignkit.models.scores import (
 from alignkit.preferences import (
     PreferencePairs,
     answer_scores,
-    encode,
     encode_pairs,
     fit_scorelm,
     fit_sft,
@@ -343,7 +344,7 @@ LABELS = {"ppo": "PPO", "ppo_kl": "PPO-KL", "wco": "WCO", "uwo": "UWO", "bspo": 
 def _method(arm: str, config: Config, members: list[ScoreLM], proxy: Mapping[str, float]):
     "The scorer and the algorithm of an arm; `proxy` are the scalars of ScoreLM 0."
     ppo = {"lam": config.lam, "entropy_coef": config.entropy_coef}
-    match arm.partition("@")[0]:
+    match arm.partition("=")[0]:
         case "ppo":
             return ScoreLMScorer(members[0]), PPO(**ppo)
         case "ppo_kl":
@@ -369,7 +370,9 @@ def evaluate_policy(
     "Gold and proxy reward, unsupported words and KL of a policy's sentences."
     samples = sample(policy.lm, _every_prompt(n, policy.lm.device), max_new_tokens=world.length,
                      generator=generator(seed, "evaluation"), temperature=policy.temperature)
-    rollout = score_samples(samples, scorer, reference)
+    rollout = score_samples(samples, scorer)
+    with torch.no_grad():
+        log_ratio = rollout.logps - reference.evaluate(rollout).logps
     ids = samples.tokens.input_ids.cpu().numpy()
     true = gold(world, ids)
     halves = true.reshape(-1, 2, PAD).mean((0, 2))
@@ -377,7 +380,7 @@ def evaluate_policy(
         "gold": float(true.mean()), "gold_first": halves[0], "gold_second": halves[1],
         "proxy": float(rollout.rewards.sum(1).mean()),
         "unsupported": float(unsupported(world, ids).sum(1).mean()),
-        "kl_initial": float((rollout.logps - rollout.ref_logps).sum(1).mean()),
+        "kl_initial": float(log_ratio.sum(1).mean()),
     }, ids
 
 # %% ../../nbs/papers/01_bspo.ipynb #48f3e5aa
@@ -499,16 +502,17 @@ ARM_FIELDS = {"ppo_kl": ("kl_coef",), "uwo": ("uwo_weight",), "bspo": ("v_min_ma
 
 
 def _job(function, arm: str, seed: int, config: Config, needs: Sequence[Job] = ()) -> Job:
-    own = ARM_FIELDS.get(arm.partition("@")[0], ())
+    own = ARM_FIELDS.get(arm.partition("=")[0], ())
     names = {*SHARED_FIELDS, *STAGE_FIELDS[function.__name__], *own}
     part = {name: value for name, value in asdict(config).items() if name in names}
     return Job("bspo", function, arm, seed, part, tuple(needs))
 
 
 def _arm_config(arm: str, config: Config) -> Config:
-    "`ppo_kl@0.1` is PPO-KL with 0.1 in place of the configured coefficient."
-    base, _, value = arm.partition("@")
-    return replace(config, **{ARM_FIELDS[base][0]: float(value)}) if value else config
+    "`ppo_kl=0.1` is PPO-KL with 0.1 in place of the configured coefficient."
+    base, _, value = arm.partition("=")
+    change: dict[str, Any] = {ARM_FIELDS[base][0]: float(value)} if value else {}
+    return replace(config, **change)
 
 
 def language_jobs(config: Config, seeds: Iterable[int], arms: Sequence[str] = ARMS) -> list[Job]:
@@ -693,8 +697,8 @@ def plots() -> list[Plot]:
 # %% ../../nbs/papers/01_bspo.ipynb #8c79cce0
 KL_COEFS = (0.02, 0.05, 0.1, 0.2)
 UWO_WEIGHTS = (0.1, 0.5)
-REGIME_ARMS = ("ppo", "bspo", "wco", *(f"ppo_kl@{value:g}" for value in KL_COEFS),
-               *(f"uwo@{value:g}" for value in UWO_WEIGHTS))
+REGIME_ARMS = ("ppo", "bspo", "wco", *(f"ppo_kl={value:g}" for value in KL_COEFS),
+               *(f"uwo={value:g}" for value in UWO_WEIGHTS))
 
 
 def regime_jobs() -> list[Job]:
@@ -702,7 +706,7 @@ def regime_jobs() -> list[Job]:
     return language_jobs(Config.mini(), BURNT_SEEDS, REGIME_ARMS)
 
 
-def regime_table(records: Sequence[Record]) -> list[dict[str, float | str]]:
+def regime_table(records: Sequence[Record]) -> list[dict[str, Any]]:
     "One row an arm: mean gold at the end, unsupported words, and seeds with a drop of ≥ 1."
     rows = []
     for arm in REGIME_ARMS:

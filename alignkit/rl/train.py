@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .algorithms import PPO, Batch
+from .algorithms import PPO, Batch, Critic, Policy
 from .rollout import Rollout, masked_mean
 from ..training import fit, generator
 
@@ -19,7 +19,10 @@ from ..training import fit, generator
 class PolicyObjective(nn.Module):
     "The algorithm's loss as a module over everything that learns."
 
-    def __init__(self, policy: nn.Module, critic: nn.Module, algorithm: PPO):
+    policy: Policy
+    critic: Critic
+
+    def __init__(self, policy: Policy, critic: Critic, algorithm: PPO):
         super().__init__()
         self.policy, self.critic, self.algorithm = policy, critic, algorithm
 
@@ -43,8 +46,8 @@ def _rollout_figures(rollout: Rollout) -> dict[str, Tensor]:
 # %% ../../nbs/library/10b_rl_train.ipynb #8881a84f
 def train(
     collect: Callable[[int], Rollout],  # round -> what the current policy did
-    policy: nn.Module,  # has `evaluate(rollout) -> Evaluation`
-    critic: nn.Module,  # has `values(rollout) -> (B, T+1)`
+    policy: Policy,  # a torch module, improved in place
+    critic: Critic,  # a torch module, improved in place
     algorithm: PPO,
     *,
     rounds: int,

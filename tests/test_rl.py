@@ -1,0 +1,219 @@
+"""PPO and BSPO against loops written from the formulas, and the pitfalls of each."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from alignkit.generate.local import Samples
+from alignkit.models.language import (
+    Evaluation,
+    LanguagePolicy,
+    Tokens,
+    tiny_causal_lm,
+    tiny_critic,
+)
+from alignkit.models.scores import ScoreLMScorer, Scores, tiny_scorelm
+from alignkit.rl.algorithms import BSPO, PPO, Batch, Targets, clipped_policy_loss, health
+from alignkit.rl.language import LanguageCollector, score_samples
+from alignkit.rl.rollout import Rollout, masked_mean, whiten
+from alignkit.rl.train import train
+from alignkit.worlds.grammar import grammar_tokenizer
+
+
+def random_rollout():
+    B, T, g = 5, 6, torch.Generator().manual_seed(0)
+    mask = torch.ones(B, T).bool()
+    mask[0, 4:] = False
+    ends = torch.zeros(B, T).bool()
+    ends[:, -1], ends[0, -1], ends[0, 3] = True, False, True
+    return Rollout(
+        inputs=torch.arange(B), logps=-torch.rand(B, T, generator=g),
+        rewards=torch.randn(B, T, generator=g) * mask, terminated=ends,
+        truncated=torch.zeros_like(ends), mask=mask, values=torch.randn(B, T + 1, generator=g),
+        supported=torch.rand(B, T, generator=g) > 0.2, ref_logps=-torch.rand(B, T, generator=g))
+
+
+def test_clipped_loss_is_the_formula():
+    g = torch.Generator().manual_seed(1)
+    logps, old, advantages = torch.randn(3, 4, 5, generator=g)
+    mask = torch.rand(4, 5, generator=g) > 0.3
+    total, removed = 0.0, 0
+    for b, t in mask.nonzero().tolist():
+        ratio, a = math.exp(logps[b, t] - old[b, t]), float(advantages[b, t])
+        surrogate = min(ratio * a, min(max(ratio, 0.7), 1.4) * a)
+        removed += surrogate != ratio * a
+        total -= surrogate
+    loss, share = clipped_policy_loss(logps, old, advantages, mask, 0.3, 0.4)
+    assert loss.item() == pytest.approx(total / int(mask.sum()), rel=1e-5)
+    assert share.item() == pytest.approx(removed / int(mask.sum()))
+
+
+def test_padding_that_would_overflow_is_masked_before_the_exponential():
+    logps = torch.tensor([[0.0, 1e4]], requires_grad=True)
+    loss, _ = clipped_policy_loss(logps, torch.zeros(1, 2), torch.ones(1, 2),
+                                  torch.tensor([[True, False]]), 0.2, 0.2)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logps.grad).all()
+
+
+def slow_gae(rewards, values, ends, mask, gamma, lam):
+    "Row by row, over the unmasked steps only."
+    out = torch.zeros_like(rewards)
+    for b in range(len(rewards)):
+        steps = mask[b].nonzero()[:, 0].tolist()
+        carry = 0.0
+        for i in reversed(range(len(steps))):
+            t = steps[i]
+            following = steps[i + 1] if i + 1 < len(steps) else rewards.shape[1]
+            alive = 0.0 if ends[b, t] else 1.0
+            delta = rewards[b, t] + gamma * alive * values[b, following] - values[b, t]
+            carry = delta + gamma * lam * alive * carry
+            out[b, t] = carry
+    return out
+
+
+def test_ppo_targets_are_gae_whitened_over_what_counts():
+    rollout = random_rollout()
+    found = PPO(gamma=0.9, lam=0.8).targets(rollout)
+    expected = slow_gae(rollout.rewards, rollout.values, rollout.terminated, rollout.mask, .9, .8)
+    assert torch.allclose(found.value_targets[rollout.mask],
+                          (expected + rollout.values[:, :-1])[rollout.mask], atol=1e-5)
+    counted = found.advantages[rollout.mask]
+    assert counted.mean().abs() < 1e-5 and counted.std().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_kl_penalty_is_paid_step_by_step():
+    rollout = random_rollout()
+    paid = rollout.rewards - PPO(beta=0.1).rewards(rollout)
+    assert torch.allclose(paid, 0.1 * (rollout.logps - rollout.ref_logps), atol=1e-6)
+    rollout.ref_logps = None
+    with pytest.raises(ValueError, match="^ref_logps: expected"):
+        PPO(beta=0.1).rewards(rollout)
+
+
+def test_bspo_on_supported_rollouts_is_ppo():
+    rollout = random_rollout()
+    rollout.supported = torch.ones_like(rollout.mask)
+    bspo, ppo = BSPO(v_min=-9).targets(rollout), PPO().targets(rollout)
+    assert torch.equal(bspo.mask, ppo.mask)
+    assert torch.allclose(bspo.advantages[bspo.mask], ppo.advantages[ppo.mask], atol=1e-6)
+
+
+def test_nothing_after_an_unsupported_step_counts():
+    rollout = random_rollout()
+    rollout.supported[1] = torch.tensor([True, False, True, True, True, True])
+    mask = BSPO(v_min=-9).targets(rollout).mask
+    assert mask[1].tolist() == [True, True, False, False, False, False]
+
+
+def test_padding_counts_as_supported_whatever_the_scorer_says():
+    rollout = random_rollout()
+    rollout.supported = torch.ones_like(rollout.mask)
+    clean = BSPO(v_min=-9).targets(rollout)
+    rollout.supported = rollout.mask.clone()  # False at padding
+    assert torch.equal(BSPO(v_min=-9).targets(rollout).advantages[rollout.mask],
+                       clean.advantages[rollout.mask])
+
+
+def test_whitening_over_everything_would_flatten_supported_advantages():
+    rollout = random_rollout()
+    rollout.supported = torch.ones_like(rollout.mask)
+    rollout.supported[2, 3] = False
+    targets = BSPO(v_min=-15.0, lam=0.0).targets(rollout)  # the floor stays with its token
+    inside = targets.mask & rollout.supported
+    assert targets.advantages[inside].std().item() == pytest.approx(1, abs=1e-4)
+    assert whiten(targets.advantages, targets.mask)[inside].std() < 0.6
+    assert targets.advantages[2, 3] < -5
+
+
+def test_loss_adds_up_by_hand():
+    rollout = random_rollout()
+    shape = rollout.mask.shape
+    targets = Targets(torch.ones(shape), torch.zeros(shape), rollout.mask)
+    evaluation = Evaluation(rollout.logps.clone(), torch.full(shape, 0.7))
+    values = torch.full(shape, 2.0)
+    loss, figures = PPO(entropy_coef=0.1, value_coef=0.25).loss(
+        Batch(rollout, targets), evaluation, values)
+    assert loss.item() == pytest.approx(-1 + 0.25 * 2 - 0.1 * 0.7, abs=1e-6)
+    assert figures["approx_kl"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_missing_columns_are_refused_by_name():
+    rollout = random_rollout()
+    rollout.values = None
+    with pytest.raises(ValueError, match="^values: expected"):
+        PPO().targets(rollout)
+    rollout = random_rollout()
+    rollout.supported = None
+    with pytest.raises(ValueError, match="^supported: expected"):
+        BSPO().targets(rollout)
+
+
+def test_masked_mean_ignores_nan_outside_the_mask():
+    x = torch.tensor([1.0, float("nan"), 3.0])
+    assert masked_mean(x, torch.tensor([True, False, True])) == 2.0
+    assert masked_mean(x, torch.zeros(3).bool()) == 0.0
+
+
+def test_health_speaks_up_and_stays_silent():
+    fine = {"grad_norm": 0.3, "entropy": 1.0, "clip_ratio/region_mean": 0.2, "supported": 0.9}
+    assert health([]) == [] and health([fine | {"gold": 1.0}] + [fine] * 9) == []
+    for name, value, word in (("grad_norm", 0.0, "dead"), ("entropy", 0.01, "collapsed"),
+                              ("clip_ratio/region_mean", 0.8, "clipped"),
+                              ("supported", 0.2, "support")):
+        findings = health([fine] + [fine | {name: value}] * 5)
+        assert len(findings) == 1 and word in findings[0]
+
+
+def finished_samples():
+    ids = torch.tensor([[1, 2, 3, 16], [4, 5, 6, 7]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    sampled = mask[:, 1:].clone()
+    sampled[1, 0] = False  # written by somebody else
+    return Samples(Tokens(ids, mask, 1), torch.zeros(2, 3), sampled, mask[:, 3].logical_not())
+
+
+def test_the_score_arrives_at_the_last_real_token():
+    rollout = score_samples(finished_samples(), lambda r: Scores(torch.tensor([5.0, 7.0])))
+    assert rollout.rewards.tolist() == [[0, 5, 0], [0, 0, 7]]
+    assert rollout.terminated.tolist() == [[False, True, False], [False, False, True]]
+    assert rollout.mask.tolist() == [[True, True, False], [False, True, True]]
+
+
+@pytest.mark.parametrize("rewards", [torch.zeros(3), torch.tensor([1.0, float("nan")])])
+def test_a_scorer_that_returns_nonsense_is_named(rewards):
+    with pytest.raises(ValueError, match="^scorer: expected"):
+        score_samples(finished_samples(), lambda r: Scores(rewards))
+
+
+def three_updates(device):
+    tokenizer = grammar_tokenizer()
+    policy = LanguagePolicy(tiny_causal_lm(tokenizer, seed=0)).to(device)
+    critic = tiny_critic(tokenizer, seed=1).to(device)
+    scorelm = tiny_scorelm(tokenizer, seed=2).to(device)
+    with torch.no_grad():
+        scorelm.score_head.weight.copy_(torch.linspace(-1, 1, 32, device=device)[None])
+    prompts = torch.arange(16, device=device)[:, None]
+    collect = LanguageCollector(policy, prompts, torch.ones_like(prompts).bool(),
+                                ScoreLMScorer(scorelm, 0.02), batch_size=32, max_new_tokens=6,
+                                seed=0)
+    history = train(collect, policy, critic, BSPO(v_min=-3.0), rounds=3, lr=1e-3, seed=0)
+    return history, [p.detach().cpu() for p in policy.parameters()]
+
+
+@pytest.mark.cuda
+def test_three_updates_on_the_gpu_equal_three_on_the_cpu():
+    (cpu_history, cpu), (gpu_history, gpu) = three_updates("cpu"), three_updates("cuda")
+    for line, other in zip(cpu_history, gpu_history, strict=True):
+        assert line["reward"] == pytest.approx(other["reward"], abs=1e-2)
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-2)
+    for a, b in zip(cpu, gpu, strict=True):
+        assert torch.allclose(a, b, atol=3e-3)
+
+
+def test_three_updates_repeat_to_the_bit():
+    (history, one), (again, other) = three_updates("cpu"), three_updates("cpu")
+    assert history == again and all(map(torch.equal, one, other))
+    assert SimpleNamespace(**history[-1]).grad_norm > 0
