@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'SCALES', 'ALPHA', 'MIN_INTERVAL', 'Rule', 'Greater', 'AtMost', 'Within', 'Exact', 'Reported', 'NotTested',
-           'Claim', 'scalar', 'difference', 'evaluate', 'matches', 'holm_by_key', 'check_result', 'load_results',
-           'write_results', 'Plot']
+           'Claim', 'scalar', 'difference', 'span', 'at_scale', 'evaluate', 'matches', 'holm_by_key', 'check_result',
+           'load_results', 'write_results', 'Plot']
 
 # %% ../nbs/library/03_claims.ipynb #c38729d3
 import json
@@ -184,6 +184,18 @@ def difference(
     "Two arms, paired by seed."
     return {seed: a[seed] - b[seed] for seed in a if seed in b}
 
+# %% ../nbs/library/03_claims.ipynb #6b60308f
+def span(
+    seeds:Sequence[int],
+)->str: # "100–109", or the list where it has gaps
+    "Seeds as a person would say them."
+    if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]}–{seeds[-1]}"
+    return _listed(seeds)
+
+def _listed(items:Iterable)->str:
+    return ", ".join(map(str, items))
+
 # %% ../nbs/library/03_claims.ipynb #6de13509
 def _complete(
     records:Sequence[Record],
@@ -199,11 +211,8 @@ def _complete(
         missing = [f"no record of {_listed(arms) or 'any arm'}"]
     return [r for r in records if r.seed in complete], missing
 
-def _lack(arm:str, seeds:Iterable[int])->str:
-    return f"no record of {arm or 'the shared jobs'} for seeds {_listed(seeds)}"
-
-def _listed(items:Iterable)->str:
-    return ", ".join(map(str, items))
+def _lack(arm:str, seeds:Sequence[int])->str:
+    return f"no record of {arm or 'the shared jobs'} for seeds {span(seeds)}"
 
 # %% ../nbs/library/03_claims.ipynb #1223cc35
 def _figures(
@@ -211,14 +220,16 @@ def _figures(
     records:Sequence[Record],
 )->tuple[dict[int, float], list[str]]: # {seed: figure} in order of seeds; remarks
     "The claim's figures, or none and the reason."
+    if claim.figure is None:
+        return {}, []
     usable, missing = _complete(records, claim.arms)
-    found = claim.figure(usable) if claim.figure and usable else {}
+    found = claim.figure(usable) if usable else {}
     figures = {int(seed): float(found[seed]) for seed in sorted(found)}
     bad = [seed for seed, figure in figures.items() if not math.isfinite(figure)]
     if bad:
         return {}, [*missing, *(f"figure of seed {s} is {figures[s]}" for s in bad)]
     if without := sorted({r.seed for r in usable} - set(figures)):
-        missing.append(f"no figure for seeds {_listed(without)}")
+        missing.append(f"no figure for seeds {span(without)}")
     return figures, missing
 
 # %% ../nbs/library/03_claims.ipynb #48ff6895
@@ -233,8 +244,9 @@ def _verdict(
         return "not tested", None, [claim.accept.reason]
     if smoke:
         return "not tested", None, ["smoke scale decides nothing"]
-    if len(figures) < claim.accept.seeds:
-        return "not tested", None, [f"{len(figures)} of {claim.accept.seeds} seeds"]
+    n, wanted = len(figures), claim.accept.seeds
+    if n < wanted:
+        return "not tested", None, [f"{n} of {wanted} seeds"] if wanted > 1 else []
     return *claim.accept.decide(figures), []
 
 # %% ../nbs/library/03_claims.ipynb #f17d25ba
@@ -259,19 +271,26 @@ def _evaluated(claim:Claim, records:Sequence[Record], smoke:bool)->dict[str, Any
     }
 
 # %% ../nbs/library/03_claims.ipynb #46c9bc2c
+def at_scale(
+    claims:Iterable[Claim],
+    scale:str|None, # None: each claim's own
+)->list[Claim]:
+    "The claims that a run at this scale speaks about."
+    if scale not in (None, *SCALES):
+        raise ValueError(f"scale: expected one of {SCALES}, got {scale!r}")
+    return [c for c in claims
+            if scale in (None, "smoke", c.scale) or isinstance(c.accept, NotTested)]
+
 def evaluate(
     claims:Iterable[Claim],
     records:Iterable[Record], # every job of the run, in any order
     scale:str|None=None,        # at which the records were run; None: each claim's own
 )->list[dict[str, Any]]: # one entry a claim, as in the results file
     "Figures, interval, p and verdict of every claim of that scale. Pure."
-    if scale not in (None, *SCALES):
-        raise ValueError(f"scale: expected one of {SCALES}, got {scale!r}")
     claims, records = list(claims), list(records)
     if twice := _repeated(c.key for c in claims):
         raise ValueError(f"claims: key {twice[0]!r} is used twice")
-    chosen = [c for c in claims if scale in (None, "smoke", c.scale)]
-    return [_evaluated(c, records, scale == "smoke") for c in chosen]
+    return [_evaluated(c, records, scale == "smoke") for c in at_scale(claims, scale)]
 
 # %% ../nbs/library/03_claims.ipynb #8b88584f
 def matches(
@@ -299,22 +318,27 @@ _FIELDS = {
 }
 
 def _check_fields(entry:Mapping[str, Any], fields:Mapping[str, Any], where:str):
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}: expected named fields, got {entry!r}")
     for name, kind in fields.items():
         if name not in entry:
             raise ValueError(f"{where}: {name} is missing")
-        if not isinstance(entry[name], kind) or entry[name] == "" and name != "note":
+        empty = entry[name] == "" and name not in ("note", "paper_value")
+        if empty or not isinstance(entry[name], kind):
             raise ValueError(f"{where}: {name} may not be {entry[name]!r}")
 
 # %% ../nbs/library/03_claims.ipynb #f2117d72
 def _wrong_figures(entry:Mapping[str, Any])->str: # what is wrong, or ""
     "Figures are finite, one a seed, `value` their mean; interval and p are just that."
     seeds, figures, value = entry["seeds"], entry["per_seed"], entry["value"]
-    p, ci95 = entry["p"] or 0.0, entry["ci95"] or [0.0, 0.0]
+    p, ci95, n = entry["p"] or 0.0, entry["ci95"] or [0.0, 0.0], len(figures)
     if not all(isinstance(x, float) and math.isfinite(x) for x in [*figures, *ci95, p]):
         return "per_seed, ci95 and p take finite floats"
+    if not all(isinstance(seed, int) for seed in seeds):
+        return "seeds takes integers"
     mean = fmean(figures) if figures else None
     problems = {
-        f"{len(figures)} figures in per_seed, seeds {seeds}": len(figures) != len(seeds),
+        f"{n} figures in per_seed, {len(seeds)} seeds": n != len(seeds),
         f"seeds {_repeated(seeds)} appear twice": bool(_repeated(seeds)),
         f"value is {value}, the mean of per_seed {mean}": not _equal(value, mean),
         f"ci95 is [low, high], got {ci95}": len(ci95) != 2 or ci95[0] > ci95[1],
@@ -346,7 +370,8 @@ def check_result(
     entry:Mapping[str, Any], # one claim of a results file
 ):
     "ValueError, by claim and field, unless figures, rule, seeds and commit are there."
-    where = f"claim {entry.get('key')}"
+    named = isinstance(entry, Mapping) and entry.get("key")
+    where = f"claim {named}" if named else "claim without key"
     _check_fields(entry, _FIELDS, where)
     if wrong := _wrong_figures(entry) or _wrong_verdict(entry):
         raise ValueError(f"{where}: {wrong}")

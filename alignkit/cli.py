@@ -119,7 +119,7 @@ def choose(
     only: Sequence[str] = (), # keys, "9b.3" standing for "9b.3-WCO" too; empty: all
 ) -> list[claims.Claim]:
     "The claims that a run at this scale decides. `CommandError` (2) for a key that is not there."
-    here = [claim for claim in listed if scale in ("smoke", claim.scale)]
+    here = claims.at_scale(listed, scale)
     for key in only:
         if not any(claims.matches(claim.key, key) for claim in here):
             known = ", ".join(claim.key for claim in here)

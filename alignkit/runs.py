@@ -36,6 +36,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, Protocol, SupportsFloat, cast
@@ -670,7 +671,6 @@ def _attempt_in_child(
 ) -> tuple[Job, _Outcome]:
     if parent is None:
         return job, _attempt(job, out, commit)
-    _follow(parent)
     folder = job.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a", buffering=1) as output:
@@ -841,15 +841,16 @@ def _collect(jobs: Iterable[Job], out: Path) -> dict[str, Record]:
 
 # %% ../nbs/library/02_runs.ipynb #5656ec09
 @contextlib.contextmanager
-def _sigint_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield # Python handles signals in the main thread only
+def _sigint_blocked() -> Iterator[None]:
+    if os.name == "nt":
+        yield
         return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running() # when it starts, it unblocks SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../nbs/library/02_runs.ipynb #edf025cf
 def _in_processes(
@@ -858,13 +859,16 @@ def _in_processes(
     "Attempt jobs in parallel, each outcome as it comes."
     import joblib  # type: ignore[import-untyped]
     from joblib.parallel import LokyBackend, get_active_backend  # type: ignore[import-untyped]
-    local = isinstance(get_active_backend()[0], LokyBackend)
-    parent = os.getpid() if local else None
-    pool = joblib.Parallel(processes, return_as="generator_unordered", batch_size=1)
-    with _one_thread(), _sigint_ignored():
-        outcomes = pool(joblib.delayed(_attempt_in_child)(job, out, commit, parent)
-                        for job in jobs)
-    with contextlib.closing(outcomes):
+    parent, local = None, contextlib.nullcontext()
+    if isinstance(get_active_backend()[0], LokyBackend):
+        parent = os.getpid()
+        local = joblib.parallel_config("loky", initializer=_follow, initargs=(parent,))
+    with contextlib.ExitStack() as stack:
+        with local, _one_thread(), _sigint_blocked():
+            pool = joblib.Parallel(processes, return_as="generator_unordered", batch_size=1)
+            outcomes = pool(joblib.delayed(_attempt_in_child)(job, out, commit, parent)
+                            for job in jobs)
+            stack.enter_context(contextlib.closing(outcomes))
         yield from outcomes
 
 # %% ../nbs/library/02_runs.ipynb #67b86a9e

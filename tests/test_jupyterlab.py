@@ -74,20 +74,22 @@ def jupyterlab(folder, home):
         server.wait(timeout=30)
 
 
-SETTLED = """() => document.querySelector('[data-mime-type="application/vnd.jupyter.error"]')
-  || [...document.querySelectorAll('.jp-CodeCell')]
-       .filter(cell => cell.querySelector('.cm-content').innerText.trim())
-       .every(cell => /\\d/.test(cell.querySelector('.jp-InputPrompt').innerText))"""
+# Run All marks every cell with a star; a number takes its place, or nothing once a cell has failed.
+SETTLED = """() => {
+  const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.innerText);
+  return prompts.some(text => /[0-9]/.test(text)) && !prompts.some(text => text.includes('*'));
+}"""
 
 
 def run_all(url, path):
-    """Open the notebook, Run All, wait until every code cell has its number or one failed, save."""
+    """Open the notebook, Run All, wait until no cell is waiting any more, save."""
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.goto(f"{url}/lab/tree/{path}")
         page.wait_for_selector(".jp-Notebook .jp-CodeCell .jp-InputPrompt", timeout=60_000)
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+        # Asked to run before its kernel is connected, JupyterLab would ask which kernel to take.
+        page.wait_for_selector("#jp-main-statusbar >> text=| Idle", timeout=60_000)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         page.wait_for_function(SETTLED, timeout=RUN_ALL_SECONDS * 1000)

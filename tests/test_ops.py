@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from ops_cases import require
 
 from alignkit import ops
-from alignkit.ops import dispatch
+from alignkit.ops import bench, dispatch
 
 OPERATORS = [name for name in ops.__all__ if f"{name}_reference" in ops.__all__]
 REGISTERED = [*OPERATORS, "token_logps_backward", "flags"]
@@ -81,6 +82,15 @@ def test_one_graph_serves_every_shape():
         f(x[0], x[1], x[2] + 0.5, logits, ids)
 
 
+def test_meta_tensors_have_shapes_and_dtypes():
+    meta = lambda *shape: torch.empty(*shape, device="meta", dtype=torch.bfloat16)  # noqa: E731
+    flags = torch.empty(2, 3, device="meta", dtype=torch.bool)
+    advantages = ops.gae(meta(2, 3), meta(2, 4), flags)
+    assert advantages.shape == (2, 3) and advantages.dtype == torch.float32
+    ids = torch.empty(2, device="meta", dtype=torch.int64)
+    assert ops.token_logps(meta(2, 9), ids).entropy.shape == (2,)
+
+
 def test_inductor_calls_the_kernels():
     require("cpu")
     f = compiled(lambda logits, ids: ops.token_logps(logits, ids).logps, "inductor")
@@ -149,6 +159,21 @@ def test_float64_takes_the_reference():
     with pytest.raises(TypeError, match="backend: 'triton' takes float32 and bfloat16"):
         require("triton")
         ops.gae(*x, backend="triton")
+
+
+def test_bench_times_only_what_agrees(monkeypatch):
+    require("cpu")
+    small = partial(bench.gae_case, 4, 16)
+    monkeypatch.setitem(bench.CASES, "gae", [small])
+    (row,) = bench.bench(["gae"], rounds=2, device="cpu")
+    assert (row["op"], row["shape"], row["dtype"]) == ("gae", [4, 16], "float32")
+    assert row["ratio"] == row["peer_us"] / row["ours_us"] and 0 < row["copy_share"]
+    wrong = lambda d: small(d)._replace(peer=lambda: torch.ones(4, 16))  # noqa: E731
+    monkeypatch.setitem(bench.CASES, "gae", [wrong])
+    with pytest.raises(AssertionError, match="not close"):
+        bench.bench(["gae"], device="cpu")
+    with pytest.raises(ValueError, match="names: expected some of .*, got .*'gea'"):
+        bench.bench(["gea"])
 
 
 def test_defining_an_operator_again_replaces_it():

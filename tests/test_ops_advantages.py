@@ -159,10 +159,11 @@ GAE_OPTIONS = [(), ("truncated",), ("truncated", "bootstrap"), ("mask",),
                ("mask", "truncated"), ("mask", "truncated", "bootstrap")]  # fmt: skip
 SUPPORTED_OPTIONS = [(), ("terminated",), ("mask",), ("mask", "terminated")]
 SHAPES = {
-    "cpu": [(1, 0), (0, 5), (1, 1), (3, 1), (2, 3), (2, 4), (2, 5), (3, 7), (3, 8), (3, 9), (1, 255),
-            (2, 256), (2, 257), (5, 515), (16, 64)],
+    "cpu": [(1, 0), (0, 5), (1, 1), (3, 1), (2, 3), (2, 4), (2, 5), (3, 7), (3, 8), (3, 9),
+            (1, 255), (2, 256), (2, 257), (5, 515), (16, 64)],
     "triton": [(1, 0), (0, 5), (1, 1), (3, 1), (2, 7), (2, 8), (2, 9), (1, 33)],
-    "cuda": [(1, 0), (0, 5), (1, 1), (3, 1), (2, 31), (2, 32), (2, 33), (1, 64), (5, 65), (700, 129)],
+    "cuda": [(1, 0), (0, 5), (1, 1), (3, 1), (2, 31), (2, 32), (2, 33), (1, 64), (5, 65),
+             (700, 129)],
 }  # fmt: skip
 SHAPES["reference"] = SHAPES["cpu"]
 
@@ -397,11 +398,13 @@ BAD = {
     r"values: expected shape \(2, 4\), got \(2, 3\)": {"values": torch.zeros(2, 3)},
     r"values: expected shape \(2, 4\), got \(1, 4\)": {"values": torch.zeros(1, 4)},
     "values: expected .*, got torch.int32": {"values": torch.zeros(2, 4).int()},
-    "values: expected a tensor on cpu, got one on meta": {"values": torch.zeros(2, 4, device="meta")},
+    "values: expected a tensor on cpu, got one on meta": {
+        "values": torch.zeros(2, 4, device="meta")
+    },
     r"terminated: expected shape \(2, 3\), got \(3,\)": {"terminated": torch.zeros(3)},
     "terminated: expected bool, .*, got torch.int64": {"terminated": torch.zeros(2, 3).long()},
-    "terminated: expected only 0 and 1": {"terminated": torch.full((2, 3), 0.5)},
-    "truncated: expected only 0 and 1": {"truncated": torch.full((2, 3), math.nan)},
+    "terminated: expected only 0 and 1, got 0.5": {"terminated": torch.full((2, 3), 0.5)},
+    "truncated: expected only 0 and 1, got nan": {"truncated": torch.full((2, 3), math.nan)},
     r"truncated: expected shape \(2, 3\), got \(2, 4\)": {"truncated": torch.zeros(2, 4)},
     "mask: expected only 0 and 1": {"mask": torch.full((2, 3), -1.0)},
     r"mask: expected shape \(2, 3\), got \(2, 1\)": {"mask": torch.zeros(2, 1)},
@@ -412,7 +415,9 @@ BAD = {
     r"gamma: expected a finite number in \[0, 1\], got 1.1": {"gamma": 1.1},
     "gamma: expected a finite number .*, got nan": {"gamma": math.nan},
     r"lam: expected a finite number in \[0, 1\], got -0.1": {"lam": -0.1},
-    "lam: expected a number, got a torch.Tensor": {"lam": torch.tensor(0.9)},
+    "gamma: expected a number, got str": {"gamma": "0.9"},
+    "lam: expected a number, got NoneType": {"lam": None},
+    "lam: expected a number, got Tensor": {"lam": torch.tensor(0.9)},
     "backend: expected None or one of .*, got 'opencl'": {"backend": "opencl"},
     "backend: 'cpu' takes float32 and bfloat16": {
         "rewards": torch.zeros(2, 3).double(), "backend": "cpu"
@@ -432,7 +437,7 @@ BAD_SUPPORT = {
     r"supported: expected shape \(2, 3\), got \(2, 4\)": {"supported": torch.zeros(2, 4)},
     "supported: expected only 0 and 1": {"supported": torch.full((2, 3), 2.0)},
     "v_min: expected a finite number, got nan": {"v_min": math.nan},
-    "v_min: expected a number, got a torch.Tensor": {"v_min": torch.zeros(2, 3)},
+    "v_min: expected a number, got Tensor": {"v_min": torch.zeros(2, 3)},
     "rewards: expected .*, got torch.int64": {"rewards": torch.zeros(2, 3).long()},
     r"values: expected shape \(2, 4\), got \(2, 3\)": {"values": torch.zeros(2, 3)},
     r"terminated: expected shape \(2, 3\), got \(2,\)": {"terminated": torch.zeros(2)},

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'FLAGS', 'IDS', 'library', 'check_rank', 'check_tensor', 'check_number', 'define', 'define_gradient',
-           'refuse_unless', 'as_flags', 'Backend', 'extension', 'problem', 'backends', 'choose', 'check_backend',
-           'warn_slow', 'dense', 'pointer', 'device_of', 'wide', 'wide_dtype']
+           'refuse_unless', 'Backend', 'extension', 'problem', 'backends', 'choose', 'check_backend', 'warn_slow',
+           'dense', 'pointer', 'device_of', 'wide', 'wide_dtype']
 
 # %% ../../nbs/kernels/00_dispatch.ipynb #71cdf994
 import contextlib
@@ -66,9 +66,10 @@ def check_number(
     high: float = math.inf, # largest value allowed
 ) -> None:
     "Raise unless `x` is a finite number in [`low`, `high`]."
-    if isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a number, got a torch.Tensor")
-    if not (low <= x <= high and math.isfinite(x)):
+    if not isinstance(x, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+    # by comparison: the compiler cannot trace math.isfinite of a number that may change
+    if not (low <= x <= high and -math.inf < x < math.inf):
         within = "" if low == -math.inf else f" in [{low}, {high}]"
         raise ValueError(f"{name}: expected a finite number{within}, got {x}")
 
@@ -84,9 +85,8 @@ def define(
 ) -> None:
     "Register the operator `alignkit::name`, or replace the functions of a known one."
     name = schema.partition("(")[0]
-    known = name in _functions
     _functions[name], _functions[f"{name}.fake"] = compute, fake
-    if known:
+    if hasattr(torch.ops.alignkit, name):
         return
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, _late(name), "CompositeExplicitAutograd")
@@ -116,33 +116,15 @@ def define_gradient(
 
 # %% ../../nbs/kernels/00_dispatch.ipynb #cd89afac
 def refuse_unless(
-    holds: Tensor, # () bool: does the condition hold?
-    message: str,
+    holds: Tensor, # bool: where the condition holds
+    x: Tensor, # what was checked, of the same shape
+    expected: str, # "name: expected ..."
 ) -> None:
-    "Raise `ValueError(message)` unless `holds`; a GPU asserts without a host wait."
+    "Raise ValueError unless `holds` everywhere; a GPU asserts, and the host never waits."
     if holds.is_cuda:
-        torch._assert_async(holds, message)
-    elif not holds:
-        raise ValueError(message)
-
-# %% ../../nbs/kernels/00_dispatch.ipynb #3bfcea13
-def _flags(x: Tensor, name: str) -> Tensor:
-    refuse_unless(((x == 0) | (x == 1)).all(), f"{name}: expected only 0 and 1")
-    return x != 0
-
-define("flags(Tensor x, str name) -> Tensor", _flags,
-       lambda x, name: x.new_empty(x.shape, dtype=torch.bool))
-
-# %% ../../nbs/kernels/00_dispatch.ipynb #c8fb1d8d
-def as_flags(
-    name: str, # argument to name in the error
-    x: Tensor, # bool, or floats that are all 0 or 1
-    shape: Sequence[int],
-    device: torch.device,
-) -> Tensor: # bool
-    "Check a flag or mask and return it as bool."
-    check_tensor(name, x, shape, device, FLAGS)
-    return x if x.dtype == torch.bool else torch.ops.alignkit.flags(x, name)
+        torch._assert_async(holds.all(), expected)
+    elif not holds.all():
+        raise ValueError(f"{expected}, got {x[~holds][0].item()}")
 
 # %% ../../nbs/kernels/00_dispatch.ipynb #05c18327
 class Backend(NamedTuple):
@@ -180,7 +162,7 @@ def problem(
 _REMEDIES = {
     "cpu": "not compiled: install a C++ compiler (g++ or clang++), then alignkit again",
     "cuda": "not compiled: install CUDA's nvcc, then alignkit again",
-    "triton": "Triton cannot be used here",
+    "triton": "not usable: Triton needs Linux and `pip install triton`",
 }
 
 # %% ../../nbs/kernels/00_dispatch.ipynb #84120570

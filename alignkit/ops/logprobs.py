@@ -131,8 +131,8 @@ _BACKWARD = {"reference": _backward_by_reference,
 
 # %% ../../nbs/kernels/02_logprobs.ipynb #0da351a9
 def _check_ids(ids: Tensor, V: int) -> None:
-    holds = (((ids >= 0) & (ids < V)) | (ids == IGNORE)).all()
-    dispatch.refuse_unless(holds, f"ids: expected {IGNORE} or 0 <= id < {V}")
+    holds = ((ids >= 0) & (ids < V)) | (ids == IGNORE)
+    dispatch.refuse_unless(holds, ids, f"ids: expected {IGNORE} or 0 <= id < {V}")
 
 def _token_logps(logits, ids, temperature, backend):
     _check_ids(ids, logits.shape[1])
@@ -190,8 +190,10 @@ def token_logps(
     dispatch.check_number("temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"temperature: expected > 0, got {temperature}")
-    if eps_beta is not None and not 0 <= eps_beta < 1:
-        raise ValueError(f"eps_beta: expected a number in [0, 1), got {eps_beta}")
+    if eps_beta is not None:
+        dispatch.check_number("eps_beta", eps_beta, 0, 1)
+        if eps_beta == 1:
+            raise ValueError("eps_beta: expected below 1, which nothing is above")
     logps, entropy, *_ = torch.ops.alignkit.token_logps(
         logits, ids, temperature, backend)
     return TokenLogps(logps, entropy, support(logps.detach(), eps_beta))

@@ -48,9 +48,9 @@ __device__ float scan(float a, float c, int lane, Carry& carry) {
 }
 
 // Stores the targets whose left neighbour is known and lets the leftmost one wait.
-__device__ void value_targets(const GaeArguments& x, std::int64_t start, std::int64_t t, float target,
-                              bool counts, unsigned counted, unsigned unsupported, int lane,
-                              Carry& carry) {
+__device__ void value_targets(const GaeArguments& x, std::int64_t start, std::int64_t t,
+                              float target, bool counts, unsigned counted, unsigned unsupported,
+                              int lane, Carry& carry) {
   if (t >= 0 && !counts) x.targets[start + t] = 0.0f;
   if (!counted) return;
   const int nearest = __ffs(counted) - 1;

@@ -17,3 +17,5 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+import triton  # noqa: E402, F401  # missing: the backend is, and this says so

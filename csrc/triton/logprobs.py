@@ -31,10 +31,11 @@ def _token_logps_fwd(
         higher = tl.maximum(top, tl.max(x, 0))
         base = tl.where(higher == -infinity, 0.0, higher)
         shift = tl.where(top == -infinity, 0.0, (top - base) * inverse_temperature)
+        shift = tl.maximum(shift, -200.0)  # e^-200 is 0, and 0 * -inf would be NaN
         scale = tl.exp(shift)
         d = (x - base) * inverse_temperature
         e = tl.exp(d)
-        finite = tl.where(x == -infinity, 0.0, d)  # 0 * -inf would be NaN
+        finite = tl.where(e > 0.0, d, 0.0)
         weighted = scale * (weighted + shift * exps) + e * finite
         exps = scale * exps + e
         top = higher
