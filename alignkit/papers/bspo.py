@@ -225,8 +225,8 @@ class Config:
     lr: float = 1e-3  # of policy and critic
     entropy_coef: float = 0.04
     lam: float = 0.95
-    kl_coef: float = 0.05  # of PPO-KL, chosen on burnt seeds
-    uwo_weight: float = 0.5  # of the variance in UWO, chosen on burnt seeds
+    kl_coef: float = 0.2  # of PPO-KL, chosen on burnt seeds
+    uwo_weight: float = 0.1  # of the variance in UWO, chosen on burnt seeds
     support_quantile: float = 0.005  # share of in-distribution tokens called unsupported
     v_min_margin: float = 2.0  # V_min lies this far below the smallest training score
     evaluate_every: int = 5  # rounds
@@ -696,7 +696,7 @@ def plots() -> list[Plot]:
     ]
 
 # %% ../../nbs/papers/01_bspo.ipynb #8c79cce0
-KL_COEFS = (0.02, 0.05, 0.1, 0.2)
+KL_COEFS = (0.02, 0.05, 0.1, 0.2, 0.5)
 UWO_WEIGHTS = (0.1, 0.5)
 REGIME_ARMS = ("ppo", "bspo", "wco", *(f"ppo_kl={value:g}" for value in KL_COEFS),
                *(f"uwo={value:g}" for value in UWO_WEIGHTS))
