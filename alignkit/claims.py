@@ -160,6 +160,9 @@ class Claim:
             raise ValueError(f"scale: expected one of {SCALES}, got {self.scale!r}")
         if self.figure is None and not isinstance(self.accept, NotTested):
             raise ValueError(f"figure: {self.key} has a rule to apply, but no figure")
+        for name in ("key", "statement", "source"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: {self.key or 'a claim'} expects text, got none")
 
 # %% ../nbs/library/03_claims.ipynb #ed112f86
 def scalar(

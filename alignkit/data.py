@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .runs import derive_seed, require, write_durably
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-untyped]
 
 # %% ../nbs/library/04_data.ipynb #60a898f5
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -31,8 +31,9 @@ def _constant(name: str) -> float:
 
 def _float(text: str) -> float:
     number = float(text)
-    if number in (float("inf"), float("-inf")):
-        raise ValueError(f"{text} is too large for a float")
+    vanished = number == 0 and any(c in "123456789" for c in text.lower().partition("e")[0])
+    if vanished or abs(number) == float("inf"):
+        raise ValueError(f"{text} does not fit a float")
     return number
 
 # %% ../nbs/library/04_data.ipynb #10b2a46c
@@ -77,30 +78,41 @@ def _check(row: Mapping[str, Any], columns: Sequence[str]) -> None:
         raise ValueError("chosen and rejected are the same")
 
 # %% ../nbs/library/04_data.ipynb #30fd180d
-def _types(value: Any) -> Any:
-    "The type of a value all the way down; an empty list has the type of no other."
+def _type(value: Any) -> Any:
+    "The type of a JSON value all the way down; None where null or an empty list leaves it open."
     if isinstance(value, dict):
-        return {key: _types(value[key]) for key in sorted(value)}
+        if not value:
+            raise ValueError("an empty object, which a table cannot hold")
+        return {key: _type(item) for key, item in value.items()}
     if isinstance(value, list):
-        kinds = [_types(item) for item in value]
-        if any(kind != kinds[0] for kind in kinds):
-            raise ValueError("a list of values of several types")
-        return kinds[:1]
-    if isinstance(value, int) and not isinstance(value, bool) and not -2**63 <= value < 2**63:
+        kind = None
+        for item in value:
+            kind = _join(kind, _type(item), "a list")
+        return [kind]
+    if type(value) is int and not -2**63 <= value < 2**63:
         raise ValueError(f"{value} does not fit 64 bits")
-    return type(value).__name__
+    return None if value is None else type(value).__name__
 
-# %% ../nbs/library/04_data.ipynb #3bc11045
-def _same_types(row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    "`ValueError` where a row would not fit the table that the first row began."
-    if missing := sorted(set(first) - set(row)):
-        raise ValueError(f"columns {missing} are missing, which the first row has")
-    if new := sorted(set(row) - set(first)):
-        raise ValueError(f"columns {new} are new: the first row has {sorted(first)}")
-    for name in first:
-        here, there = _types(row[name]), _types(first[name])
-        if here != there:
-            raise ValueError(f"{name}: expected {there} as in the first row, got {here}")
+# %% ../nbs/library/04_data.ipynb #4c931762
+def _join(known: Any, new: Any, where: str) -> Any:
+    "The type that both fit, or `ValueError`."
+    if known is None or new is None:
+        return new if known is None else known
+    if isinstance(known, dict) and isinstance(new, dict) and known.keys() == new.keys():
+        return {key: _join(known[key], new[key], f"{where}[{key!r}]") for key in known}
+    if isinstance(known, list) and isinstance(new, list):
+        return [_join(known[0], new[0], f"{where}[...]")]
+    if known != new:
+        raise ValueError(f"{where}: expected {known} as in the rows before, got {new}")
+    return known
+
+# %% ../nbs/library/04_data.ipynb #708e49c5
+def _fit(row: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    "The column types of the table once it holds the row, or `ValueError`."
+    if table and row.keys() != table.keys():
+        raise ValueError(f"expected the columns {sorted(table)} of the rows before, "
+                         f"got {sorted(row)}")
+    return {name: _join(table.get(name), _type(row[name]), name) for name in row}
 
 # %% ../nbs/library/04_data.ipynb #6d4255d0
 @dataclass(frozen=True)
@@ -126,11 +138,12 @@ def read_jsonl(
     lines = lines if lines[-1] else lines[:-1]
     accepted: list[dict[str, Any]] = []
     rejected: list[Rejected] = []
+    table: dict[str, Any] = {}
     for number, line in enumerate(lines, 1):
         try:
             row = _parse(line)
             _check(row, columns)
-            _same_types(row, accepted[0] if accepted else row)
+            table = _fit(row, table)
             accepted.append(row)
         except (ValueError, RecursionError) as error: # nested too deeply
             rejected.append(Rejected(number, str(error), line))

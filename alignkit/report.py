@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RESULTS_PACKAGE', 'PAPERS', 'COLUMNS', 'WIDTH', 'LONGEST_KEY', 'SIGNS', 'TABLE_STYLE', 'TABLE', 'PALETTE', 'DASHES',
-           'VERDICT_COLOURS', 'GREY', 'BEGIN', 'END', 'PAGE_STYLE', 'STYLE', 'PAGE', 'Paper', 'results_folder',
-           'committed_results', 'number', 'p_value', 'interval', 'rows', 'summary', 'claims_table', 'heading',
-           'machine', 'footing', 'claims_html', 'ClaimsTable', 'show_claims', 'series', 'png', 'alt_text', 'plot',
-           'LiveCurves', 'dots', 'readme_table', 'update_readme', 'write_report']
+           'VERDICT_COLOURS', 'GREY', 'BEGIN', 'END', 'PICTURE', 'PAGE_STYLE', 'STYLE', 'PAGE', 'Paper',
+           'results_folder', 'committed_results', 'number', 'p_value', 'interval', 'rows', 'summary', 'claims_table',
+           'heading', 'machine', 'footing', 'claims_html', 'ClaimsTable', 'show_claims', 'series', 'png', 'alt_text',
+           'plot', 'LiveCurves', 'dots', 'readme_table', 'update_readme', 'update_picture', 'write_report']
 
 # %% ../nbs/library/12_report.ipynb #2f9ee06d
 import base64
@@ -546,19 +546,47 @@ def readme_table()->str: # Markdown
     return "\n".join(lines)
 
 # %% ../nbs/library/12_report.ipynb #5b75d714
+def _between(
+    path:str | os.PathLike[str],
+    begin:str, # a line of the file
+    end:str,   # a later one
+    body:str,  # what shall stand between them
+)->bool: # whether the file changed
+    "Replace what stands between two markers. ValueError unless each stands there once."
+    old = Path(path).read_text(encoding="utf-8")
+    once = old.count(begin) == old.count(end) == 1
+    if not once or old.index(begin) > old.index(end):
+        raise ValueError(f"path: {path} needs {begin} and {end}, in this order, once")
+    before, after = old.split(begin)[0], old.split(end)[1]
+    new = f"{before}{begin}\n{body}\n{end}{after}"
+    if new != old:
+        Path(path).write_text(new, encoding="utf-8")
+    return new != old
+
 def update_readme(
     path:str | os.PathLike[str]="README.md",
 )->bool: # whether the file changed
     "Write the table between its two markers. ValueError unless each stands there once."
-    old = Path(path).read_text(encoding="utf-8")
-    once = old.count(BEGIN) == old.count(END) == 1
-    if not once or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"path: {path} needs {BEGIN} and {END}, in this order, once")
-    before, after = old.split(BEGIN)[0], old.split(END)[1]
-    new = f"{before}{BEGIN}\n{readme_table()}\n{END}{after}"
-    if new != old:
-        Path(path).write_text(new, encoding="utf-8")
-    return new != old
+    return _between(path, BEGIN, END, readme_table())
+
+# %% ../nbs/library/12_report.ipynb #8a719b1e
+PICTURE = "<!-- picture: begin -->", "<!-- picture: end -->"
+
+def update_picture(
+    path:str | os.PathLike[str]="README.md",
+    paper:str="bspo", # whose first figure is shown
+)->bool: # whether the file changed
+    "Draw a committed figure into `results/` beside the README, and show it there."
+    folder = results_folder()
+    if folder is None:
+        raise ValueError("results: alignkit is not installed, so it has no committed results")
+    spec = import_module(f"alignkit.papers.{paper}").plots()[0]
+    records = load_records(folder, paper)
+    image = Path(path).parent / "results" / f"{paper}.png"
+    image.parent.mkdir(exist_ok=True)
+    image.write_bytes(png(plot(spec, records)))
+    alt = alt_text(spec, records)
+    return _between(path, *PICTURE, f"![{alt}](results/{image.name})")
 
 # %% ../nbs/library/12_report.ipynb #6fc80096
 PAGE_STYLE = """

@@ -616,14 +616,15 @@ def _perform(job: Job, out: Path, commit: str, on_progress: Progress | None) -> 
         result = job.stage(work)
         if not isinstance(result, Result):
             raise TypeError(f"{job.stage.__name__} returned {result!r}, expected a Result")
+        record = Record(job.key, job.paper, job.stage.__name__, job.arm, job.seed,
+                        **vars(result), seconds=round(work.seconds, 3), commit=commit,
+                        machine=machine(), versions=versions())
+        write_durably(work.folder / "record.json", record.to_json())
     except Exception: # whatever a stage raises ends its own job and no other
         trace = traceback.format_exc()
-        write_durably(work.folder / "traceback.txt", trace.encode())
+        with contextlib.suppress(DiskFull): # the reason is reported all the same
+            write_durably(work.folder / "traceback.txt", trace.encode())
         return _Outcome(failure=trace.strip().splitlines()[-1])
-    record = Record(job.key, job.paper, job.stage.__name__, job.arm, job.seed,
-                    **vars(result), seconds=round(work.seconds, 3), commit=commit,
-                    machine=machine(), versions=versions())
-    write_durably(work.folder / "record.json", record.to_json())
     shutil.rmtree(work.checkpoints.folder, ignore_errors=True)
     return _Outcome(record, notes=tuple(work.checkpoints.skipped.values()))
 
@@ -695,7 +696,7 @@ def _seconds_left(
     left = []
     for job in todo:
         line, expected = running.get(job.key), _expected(job, records)
-        if line:
+        if line and line["step"]:
             left.append(line["seconds"] * (line["total"] - line["step"]) / line["step"])
         elif expected is None:
             return None

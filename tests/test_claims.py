@@ -267,3 +267,10 @@ def test_a_damaged_file_is_named(damage, message, good, tmp_path):
     path.write_text(damage(path.read_text()))
     with pytest.raises(ValueError, match=message):
         c.load_results(path)
+
+
+@pytest.mark.parametrize("name", ["key", "statement", "source"])
+def test_a_claim_without_text_is_refused_when_it_is_made(name):
+    parts = {"key": "1", "statement": "s", "paper_value": "1.0", "source": "Table 1"} | {name: ""}
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        Claim(**parts, scale="mini", arms=(), figure=lambda records: {}, accept=Reported())

@@ -123,7 +123,23 @@ def test_readme_is_in_step_with_the_results(tmp_path):
     assert not report.update_readme(copy), "run report.update_readme()"
 
 
+def test_readme_picture_says_what_the_records_say(tmp_path):
+    copy = shutil.copy(ROOT / "README.md", tmp_path)
+    assert not report.update_picture(copy), "run report.update_picture()"
+
+
 def test_readme_example_runs(tmp_path):
+    "With a miniature model and preference file in place of the reader's own."
+    from alignkit.models.language import quiet_transformers, tiny_causal_lm
+    from alignkit.worlds.grammar import TokenGrammar, grammar_tokenizer, preference_dataset
+
+    tokenizer = grammar_tokenizer()
+    tokenizer.eos_token = "p"
+    with quiet_transformers():
+        tiny_causal_lm(tokenizer, seed=0).save_pretrained(tmp_path / "my-model")
+    tokenizer.save_pretrained(tmp_path / "my-model")
+    preference_dataset(TokenGrammar(0), 64, seed=0).to_json(tmp_path / "pairs.jsonl")
     _, _, text = (ROOT / "README.md").read_text().partition("<!-- example: begin")
     code = text.partition("```python\n")[2].partition("```")[0]
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert (tmp_path / "aligned" / "model.safetensors").exists()

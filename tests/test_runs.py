@@ -405,6 +405,22 @@ def test_bad_results_fail_the_job(tmp_path, function, message):
         runs.run([Job("toy", function, "a", 1, {})], tmp_path, 1)
 
 
+@stage()
+def fills_the_disk(work):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        work.checkpoints.save(1, OLD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_fails_the_job_and_says_so(tmp_path):
+    with pytest.raises(runs.JobsFailed, match="DiskFull: .*no room for the 3000 bytes of"):
+        runs.run([Job("toy", fills_the_disk, "a", 1, {}), *family("a")], tmp_path, 1)
+    assert len(runs.load_records(tmp_path, "toy")) == 3
+
+
 def test_need_says_what_there_is(tmp_path):
     arms = [Job("toy", base, arm, 1, {}) for arm in "xy"]
     work = Work(Job("toy", leaf, "z", 1, {}, needs=tuple(arms)), tmp_path)

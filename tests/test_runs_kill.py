@@ -38,12 +38,12 @@ def unpack(files: dict[str, bytes]) -> tuple[np.ndarray, list[float], np.random.
 @stage()
 def walk(work: Work) -> Result:
     "A random walk of many numbers whose every step depends on all earlier ones."
-    step, steps = 0, work.config["steps"]
+    done, steps = 0, work.config["steps"]
     generator = np.random.default_rng(derive_seed(work.seed, "walk"))
     state, curve = np.zeros(work.config["size"]), []
     if latest := work.checkpoints.latest():
-        step, (state, curve, generator) = latest[0], unpack(latest[1])
-    for step in range(step + 1, steps + 1):
+        done, (state, curve, generator) = latest[0], unpack(latest[1])
+    for step in range(done + 1, steps + 1):
         state = np.sin(state + generator.normal(size=state.size))
         curve.append(float(state.sum()))
         work.progress(step, steps, sum=curve[-1])
@@ -55,7 +55,7 @@ def walk(work: Work) -> Result:
 
 
 def walks(**config) -> list[Job]:
-    config = {"steps": 60, "size": 100_000, "save_every": 2, "pause": 0.0, **config}
+    config = {"steps": 40, "size": 100_000, "save_every": 2, "pause": 0.0, **config}
     first = Job("toy", walk, "", 100, config)
     return [Job("toy", walk, arm, seed, config, needs=(first,)) for arm in "ab" for seed in (1, 2)]
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Tokens', 'encode_prompts', 'encode', 'model_inputs', 'label_ids', 'tiny_config', 'from_seed', 'tiny_causal_lm',
-           'quiet_transformers', 'Evaluation', 'completion_logits', 'LanguagePolicy', 'LanguageCritic', 'tiny_critic']
+           'quiet_transformers', 'Evaluation', 'without_last_token', 'completion_logits', 'LanguagePolicy',
+           'LanguageCritic', 'tiny_critic']
 
 # %% ../../nbs/library/06_models_language.ipynb #ae64cdb9
 import os
@@ -71,13 +72,12 @@ def _padded(
     rows: list[list[int]], pad: int, left: bool
 ) -> tuple[Tensor, Tensor]:  # ids, mask
     width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        span = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, span] = torch.tensor(row)
-        mask[i, span] = True
-    return ids, mask
+    filled = [[pad] * (width - len(row)) + row if left else row + [pad] * (width - len(row))
+              for row in rows]
+    lengths = torch.tensor([[len(row)] for row in rows])
+    columns = torch.arange(width)
+    mask = columns >= width - lengths if left else columns < lengths
+    return torch.tensor(filled), mask
 
 
 def _token_rows(tokenizer, name: str, texts: Sequence[str]) -> list[list[int]]:
@@ -177,11 +177,17 @@ class Evaluation:
     entropy: Tensor  # (B, T) entropy of each choice in nats, 0 at padding
 
 
+def without_last_token(tokens: Tokens) -> Tokens:
+    "All that a causal model has to read to predict the last token."
+    return replace(tokens, input_ids=tokens.input_ids[:, :-1],
+                   attention_mask=tokens.attention_mask[:, :-1])
+
+
 def completion_logits(lm, tokens: Tokens) -> Tensor:  # (B, T, V)
     "Logits that predict each completion token: those of the position before it."
-    P = tokens.prompt_length
-    hidden = lm.base_model(**model_inputs(tokens)).last_hidden_state
-    return lm.get_output_embeddings()(hidden[:, P - 1 : -1])
+    inputs = model_inputs(without_last_token(tokens))
+    hidden = lm.base_model(**inputs).last_hidden_state
+    return lm.get_output_embeddings()(hidden[:, tokens.prompt_length - 1 :])
 
 # %% ../../nbs/library/06_models_language.ipynb #ffebaa17
 class LanguagePolicy(nn.Module):

@@ -63,6 +63,7 @@ from alignkit.worlds.grammar import (
     gold,
     grammar_tokenizer,
     preference_dataset,
+    sample_preferences,
     sample_sentences,
     to_text,
     unsupported,
@@ -218,7 +219,7 @@ class Config:
     scorelm_lr: float = 3e-3
     lm_coef: float = 0.5  # α, weight of the LM loss in a ScoreLM
     members: int = 3  # reward models in the ensembles; member 0 is the proxy
-    iterations: int = 100  # PPO rounds
+    iterations: int = 80  # PPO rounds
     completions: int = 256  # a round
     minibatches: int = 4
     epochs: int = 2
@@ -259,7 +260,7 @@ def _every_prompt(n: int, device: str) -> torch.Tensor:  # (n, 1): the sixteen w
     return (torch.arange(n, device=device) % PAD)[:, None]
 
 
-@stage(version=1)
+@stage(version=2)
 def train_sft(work: Work) -> Result:
     "The initial policy: supervised fine-tuning on noisy demonstrations."
     config, tokenizer = Config(**work.config), grammar_tokenizer()
@@ -289,7 +290,7 @@ def _reporter(work: Work, total: int, *names: str):
     return report_round
 
 # %% ../../nbs/papers/01_bspo.ipynb #2ca5741f
-@stage(version=1)
+@stage(version=2)
 def train_scorelm(work: Work) -> Result:
     "One ScoreLM and how good it is, inside and outside its data."
     config, tokenizer = Config(**work.config), grammar_tokenizer()
@@ -317,8 +318,8 @@ def _scorelm_quality(
     n, noise, device = 2000, config.demonstration_noise, config.device
 
     def pairs(purpose: str, n: int, noise: float) -> PreferencePairs:
-        rows = preference_dataset(world, n, derive_seed(seed, purpose), noise)
-        return encode_pairs(grammar_tokenizer(), rows).to(device)
+        both = sample_preferences(world, n, derive_seed(seed, purpose), noise)
+        return PreferencePairs(_all_real(np.concatenate(both), device))
 
     outside = pairs("outside pairs", 2 * n, noise)
     answers = unsupported(world, outside.answers.input_ids.cpu().numpy()).any(1)
@@ -419,7 +420,7 @@ def load_players(work: Work, config: Config) -> Players:
                    algorithm)
 
 # %% ../../nbs/papers/01_bspo.ipynb #ccd3ab47
-@stage(version=1)
+@stage(version=2)
 def train_policy(work: Work) -> Result:
     "Policy optimisation with one method, evaluated on the gold reward along the way."
     config = Config(**work.config)
@@ -457,13 +458,11 @@ def _observer(players: Players, config: Config, seed: int):
 
 # %% ../../nbs/papers/01_bspo.ipynb #29a2580c
 def _policy_reporter(work: Work, config: Config):
-    latest: dict[str, float] = {}
+    shown = ("gold", "unsupported", "reward", "entropy")
 
     def report_round(round_: int, figures: Mapping[str, float]):
-        latest.update({name: figures[name] for name in ("gold", "proxy", "unsupported")
-                       if name in figures})
-        work.progress(round_ + 1, config.iterations, **latest, reward=figures["reward"],
-                      entropy=figures["entropy"])
+        fresh = {name: figures[name] for name in shown if name in figures}
+        work.progress(round_ + 1, config.iterations, **fresh)
 
     return report_round
 
@@ -665,7 +664,7 @@ _LATER = (
 
 def claims() -> list[Claim]:
     "Every item of the acceptance list, tested or not."
-    later = [Claim(key, statement, "—", "acceptance list", scale, (), None,
+    later = [Claim(key, statement, "", "acceptance list", scale, (), None,
                    NotTested("not built yet")) for key, scale, statement in _LATER]
     return [*tabular_claims(), *main_claims(), *later]
 
