@@ -19,8 +19,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Protocol
 
-from .runs import Record, write_durably
+from .runs import Record
 from .stats import at_most_p, holm, mean_interval, sign_flip_p, within_p
+from .storage import write_durably
 
 # %% ../nbs/library/03_claims.ipynb #aa622481
 VERDICTS = ("reproduced", "direction only", "not reproduced", "not tested", "reported")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .runs import derive_seed, require, write_durably
+from .runs import derive_seed, require
+from .storage import write_durably
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]

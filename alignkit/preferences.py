@@ -48,15 +48,15 @@ def fit_sft(
 ) -> list[dict[str, float]]:
     "Fine-tunes a language model on demonstrations, in place."
     rows = shuffled_batches(len(demonstrations), batch_size, seed)
-    return fit(SFTObjective(lm), lambda step: [demonstrations[rows(step)]], rounds=steps,
-               lr=lr, schedule=linear_decay, **options)
+    return fit(SFTObjective(lm), lambda step: [demonstrations[rows(step)]],
+               rounds=steps, lr=lr, schedule=linear_decay, **options)
 
 # %% ../nbs/library/09_preferences.ipynb #aa4f2318
 @dataclass
 class PreferencePairs:
-    "Two answers to each of `N` prompts, in one batch so that one forward pass reads both."
+    "Two answers to each of `N` prompts, in one batch: one forward pass reads both."
 
-    answers: Tokens  # (2N, ...): the chosen answers, then the rejected ones in the same order
+    answers: Tokens  # (2N, ...): all the chosen, then the rejected in the same order
 
     def __post_init__(self):
         if len(self.answers) % 2:
@@ -89,7 +89,7 @@ def encode_pairs(tokenizer, dataset) -> PreferencePairs:
 
 # %% ../nbs/library/09_preferences.ipynb #3e3ee42a
 class ScoreLMObjective(nn.Module):
-    "Bradley-Terry loss plus `lm_coef` times the LM loss on both answers (§4, ScoreLM loss)."
+    "Bradley-Terry loss plus `lm_coef` times the LM loss on both answers (§4)."
 
     def __init__(self, scorelm: ScoreLM, lm_coef: float):
         super().__init__()

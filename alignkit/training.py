@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from .runs import Checkpoints, derive_seed
+from .runs import derive_seed
+from .storage import Checkpoints
 
 # %% ../nbs/library/08_training.ipynb #95b7ca4c
 def generator(seed: int, *purpose) -> torch.Generator:
@@ -28,7 +29,7 @@ def shuffled_batches(
     batch_size: int,  # rows a batch; the last, smaller batch of an epoch is dropped
     seed: int,
 ) -> Callable[[int], Tensor]:  # step -> (batch_size,) row numbers
-    "Row numbers of each step: a new permutation an epoch, from (seed, epoch, position)."
+    "Row numbers of each step, from (seed, epoch, position) alone."
     if not 1 <= batch_size <= n:
         raise ValueError(f"batch_size: expected 1 to {n} rows, got {batch_size}")
     per_epoch = n // batch_size
@@ -43,7 +44,8 @@ def shuffled_batches(
 # %% ../nbs/library/08_training.ipynb #8e2e3e5f
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{i}/{name}": value for i, entry in state.items() for name, value in entry.items()}
+    return {f"{i}/{name}": value
+            for i, entry in state.items() for name, value in entry.items()}
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]):
@@ -94,13 +96,13 @@ def fit(
     max_grad_norm: float = 1.0,  # gradients are scaled down to this norm
     schedule: Callable[[float], float] = constant,  # share done -> multiplier of lr
     checkpoints: Checkpoints | None = None,  # where to save and resume; None: nowhere
-    observe: Callable[[int], dict[str, float]] | None = None,  # before each round: more figures
+    observe: Callable[[int], dict[str, float]] | None = None,  # more figures, before a round
     on_round: Callable[[int, dict[str, float]], None] | None = None,  # after each round
 ) -> list[dict[str, float]]:  # one dictionary of figures a round
     "Minimises the objective; resumes from the newest checkpoint, bit for bit."
     parameters = [p for p in objective.parameters() if p.requires_grad]
-    fused = all(p.is_floating_point() for p in parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=lr, weight_decay=weight_decay, fused=True)
     start, history = _resume(checkpoints, objective, optimizer)
     for round_ in range(start, rounds):
         for group in optimizer.param_groups:
@@ -127,13 +129,16 @@ def _resume(checkpoints, objective, optimizer) -> tuple[int, list[dict[str, floa
     return step, json.loads(files["history.json"])
 
 
-def _step(objective, optimizer, parameters, batch, max_grad_norm, round_) -> dict[str, Tensor]:
+def _step(
+    objective, optimizer, parameters, batch, max_grad_norm, round_
+) -> dict[str, Tensor]:  # figures of one optimiser step
     loss, figures = objective(batch)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        raise NotFinite(f"round {round_}: loss {float(loss.detach())}, gradient norm {float(norm)}; "
+        raise NotFinite(f"round {round_}: loss {float(loss.detach())}, "
+                        f"gradient norm {float(norm)}; "
                         "the weights were not changed by this step")
     optimizer.step()
     return {"loss": loss.detach(), "grad_norm": norm, **figures}
@@ -141,8 +146,11 @@ def _step(objective, optimizer, parameters, batch, max_grad_norm, round_) -> dic
 
 def _mean(lines: list[dict[str, Tensor]]) -> dict[str, float]:
     "Mean of each figure over the steps of a round."
-    return {name: float(torch.stack([torch.as_tensor(line[name]).float() for line in lines]).mean())
-            for name in lines[0]} if lines else {}
+    if not lines:
+        return {}
+    columns = {name: [torch.as_tensor(line[name]).float() for line in lines]
+               for name in lines[0]}
+    return {name: float(torch.stack(column).mean()) for name, column in columns.items()}
 
 # %% ../nbs/library/08_training.ipynb #86827142
 @contextmanager

@@ -7,7 +7,13 @@ import torch
 import transformers
 
 from alignkit.models.language import LanguageCritic, LanguagePolicy, Tokens, quiet_transformers
-from alignkit.models.scores import ScoreLM, ScoreLMScorer, UncertaintyWeighted, WorstCase
+from alignkit.models.scores import (
+    ScoreEnsemble,
+    ScoreLM,
+    ScoreLMScorer,
+    UncertaintyWeighted,
+    WorstCase,
+)
 
 TINY = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
@@ -69,16 +75,19 @@ def test_scores_do_not_depend_on_the_rest_of_the_batch(folder):
     assert torch.allclose(together, alone, atol=1e-5)
 
 
-def constant_member(score):
-    return lambda tokens: SimpleNamespace(scores=torch.tensor(score))
-
-
 def test_ensembles_combine_by_hand():
-    members = [constant_member([1.0, 4.0]), constant_member([3.0, 4.0])]
+    def ensemble(tokens):
+        return torch.tensor([[1.0, 4.0], [3.0, 4.0]])
+
     rollout = SimpleNamespace(inputs=None)
-    assert WorstCase(members)(rollout).rewards.tolist() == [1.0, 4.0]
+    assert WorstCase(ensemble)(rollout).rewards.tolist() == [1.0, 4.0]
     # means 2 and 4, sample variances 2 and 0
-    assert UncertaintyWeighted(members, 0.5)(rollout).rewards.tolist() == [1.0, 4.0]
+    assert UncertaintyWeighted(ensemble, 0.5)(rollout).rewards.tolist() == [1.0, 4.0]
+
+
+def test_an_ensemble_of_one_has_no_variance_and_is_refused(folder):
+    with pytest.raises(ValueError, match="^members: expected"):
+        ScoreEnsemble([ScoreLM.from_pretrained(folder)])
 
 
 def test_support_is_strictly_above_the_threshold(folder):

@@ -1,240 +1,21 @@
-"""runs: files that survive faults, jobs that fail, two runs in one folder, what people see."""
+"""runs: jobs that fail, two runs in one folder, what people see."""
 
-import errno
 import gzip
 import io
 import json
 import os
-import random
 import resource
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import joblib
 import pytest
 
 from alignkit import runs
-from alignkit.runs import Checkpoints, DiskFull, Job, Result, Work, stage, write_durably
-
-OLD = {"weights": random.Random(1).randbytes(3000), "state.json": b'{"step": 1}'}
-NEW = {"weights": random.Random(2).randbytes(3000), "state.json": b'{"step": 2}'}
-
-
-def leftovers(folder: Path) -> list[str]:
-    "Files below a folder that belong to no whole checkpoint."
-    whole = set()
-    for manifest in folder.rglob("manifest.json"):
-        _, files = runs.read_checkpoint(manifest.parent)
-        whole |= {manifest, *(manifest.parent / name for name in files)}
-    return [str(p) for p in folder.rglob("*") if p.is_file() and p not in whole]
-
-
-# ---- durable files: promises 3, 4, 5 -------------------------------------------------
-
-
-def crash_at_call(n: int, action) -> bool:
-    "Run `action` in a fork that dies at its n-th function call; whether it got to the end."
-    pid = os.fork()
-    if pid == 0:
-        calls = iter(range(n))
-        sys.setprofile(lambda frame, event, arg: (
-            os._exit(9) if "call" in event and next(calls, None) is None else None))
-        try:
-            action()
-        finally:
-            os._exit(0)
-    return os.waitpid(pid, 0)[1] == 0
-
-
-def crash_saves(tmp_path: Path, every: int) -> None:
-    outcomes = []
-    for n in range(0, 10_000, every):
-        folder = tmp_path / str(n)
-        Checkpoints(folder).save(1, OLD)
-        finished = crash_at_call(n, lambda folder=folder: Checkpoints(folder).save(2, NEW))
-        restarted = Checkpoints(folder)
-        restarted.clean()
-        found = restarted.latest()
-        assert found in ((1, OLD), (2, NEW))
-        assert leftovers(folder) == [] and not restarted.skipped
-        outcomes.append(found[0])
-        if finished:
-            break
-    assert finished and n > 100
-    assert outcomes == sorted(outcomes) and set(outcomes) == {1, 2}
-
-
-def test_a_crash_in_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path):
-    crash_saves(tmp_path, every=17)
-
-
-@pytest.mark.soak
-def test_a_crash_at_any_call_of_a_save(tmp_path):
-    crash_saves(tmp_path, every=1)
-
-
-def test_a_crash_in_a_write_leaves_the_old_or_the_new_bytes(tmp_path):
-    path, seen = tmp_path / "file", []
-    for n in range(0, 1000, 3):
-        write_durably(path, b"old" * 5000)
-        finished = crash_at_call(n, lambda: write_durably(path, b"new" * 5000))
-        seen.append(path.read_bytes())
-        assert seen[-1] in (b"old" * 5000, b"new" * 5000)
-        if finished:
-            break
-    assert finished and len(set(seen)) == 2
-
-
-class FaultyFiles:
-    "`open` whose files fail at the n-th write, flush or fsync."
-
-    def __init__(self, monkeypatch, n: int, code: int):
-        self.left, self.code = n, code
-        sync = os.fsync
-        monkeypatch.setattr(runs, "open", self.open, raising=False)
-        monkeypatch.setattr(os, "fsync", lambda fd: (self.count(), sync(fd)))
-
-    def count(self):
-        self.left -= 1
-        if self.left == 0:
-            raise OSError(self.code, os.strerror(self.code))
-
-    def open(self, path, mode):
-        faults = self
-
-        class File(io.FileIO):
-            def write(self, data):
-                faults.count()
-                return super().write(data)
-
-        return File(path, mode.replace("b", ""))
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_an_error_at_any_write_keeps_the_previous_checkpoint(tmp_path, code):
-    expected = OSError if code == errno.EIO else DiskFull
-    for n in range(1, 100):
-        folder = tmp_path / str(n)
-        Checkpoints(folder).save(1, OLD)
-        with pytest.MonkeyPatch.context() as patch:
-            faults = FaultyFiles(patch, n, code)
-            try:
-                Checkpoints(folder).save(2, NEW)
-            except expected as error:
-                assert code == errno.EIO or str(folder) in str(error)
-                succeeded = False
-            else:
-                succeeded = True
-        assert Checkpoints(folder).latest() == ((2, NEW) if succeeded else (1, OLD))
-        assert leftovers(folder) == []
-        if succeeded:
-            break
-    assert faults.left > 0 and n > 5
-
-
-def full_disk_at(limit: int, action) -> bool:
-    "Whether `action` was told that the disk is full when no file may exceed `limit` bytes."
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # Python ignores SIGXFSZ
-    try:
-        action()
-    except DiskFull:
-        return True
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    return False
-
-
-def sweep_full_disk(folder: Path, limits) -> None:
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(1, OLD)
-    for limit in limits:
-        full = full_disk_at(limit, lambda: checkpoints.save(2, NEW))
-        assert full == (limit < len(NEW["weights"]))
-        assert Checkpoints(folder).latest() == ((1, OLD) if full else (2, NEW))
-        assert leftovers(folder) == []
-
-
-def test_a_full_disk_is_an_error_and_the_previous_checkpoint_loads(tmp_path):
-    sweep_full_disk(tmp_path, [*range(0, 3000, 60), 2999, 3000, 3001])
-
-
-@pytest.mark.soak
-def test_a_full_disk_at_every_byte(tmp_path):
-    sweep_full_disk(tmp_path, range(0, 3002))
-
-
-def corrupt(data: bytes, rng: random.Random) -> bytes:
-    kind = rng.choice(["flip", "page", "truncate", "append"])
-    at = rng.randrange(len(data))
-    if kind == "flip":
-        return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
-    if kind == "page":
-        page = at // 4096 * 4096
-        return data[:page] + bytes(len(data[page : page + 4096])) + data[page + 4096 :]
-    return data[:at] if kind == "truncate" else data + rng.randbytes(rng.randint(1, 5000))
-
-
-def reject_corruptions(folder: Path, count: int) -> None:
-    rng = random.Random(3)
-    files = {"policy.safetensors": rng.randbytes(20_000), "state.json": b'{"kl": 0.25}'}
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(1, OLD)
-    checkpoints.save(2, files)
-    newest = sorted(folder.iterdir())[-1]
-    for _ in range(count):
-        victim = newest / rng.choice([*files, "manifest.json"])
-        whole = victim.read_bytes()
-        victim.write_bytes(corrupt(whole, rng))
-        resumed = Checkpoints(folder)
-        assert resumed.latest() == (1, OLD)
-        (reason,) = resumed.skipped.values()
-        assert str(victim) in reason
-        victim.write_bytes(whole)
-    assert Checkpoints(folder).latest() == (2, files)
-
-
-def test_a_corruption_is_rejected_by_name_and_the_last_good_checkpoint_used(tmp_path):
-    reject_corruptions(tmp_path, 100)
-
-
-@pytest.mark.soak
-def test_a_thousand_corruptions(tmp_path):
-    reject_corruptions(tmp_path, 1000)
-
-
-def test_the_save_after_a_fallback_removes_the_bad_checkpoint_not_the_good_one(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    for step in (1, 2):
-        checkpoints.save(step, OLD)
-    (tmp_path / "000002" / "weights").write_bytes(b"")
-    resumed = Checkpoints(tmp_path)
-    assert resumed.latest() == (1, OLD)
-    resumed.save(2, NEW)
-    assert sorted(os.listdir(tmp_path)) == ["000001", "000002"]
-    assert Checkpoints(tmp_path).latest() == (2, NEW)
-
-
-def test_a_missing_file_and_names_that_are_paths(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, OLD)
-    (tmp_path / "000001" / "weights").unlink()
-    assert checkpoints.latest() is None and "weights is missing" in str(checkpoints.skipped)
-    for name in ("../x", "a/b", "manifest.json", ".hidden", ""):
-        with pytest.raises(ValueError, match="plain file names"):
-            checkpoints.save(2, {name: b""})
-
-
-def test_write_durably_follows_links_and_the_umask(tmp_path):
-    (tmp_path / "real").write_bytes(b"old")
-    (tmp_path / "link").symlink_to("real")
-    write_durably(tmp_path / "link", b"new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
-    umask = os.umask(0)
-    os.umask(umask)
-    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o666 & ~umask
-
+from alignkit.runs import Job, Result, Work, stage
 
 # ---- jobs and records ----------------------------------------------------------------
 
@@ -410,7 +191,7 @@ def fills_the_disk(work):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
-        work.checkpoints.save(1, OLD)
+        work.checkpoints.save(1, {"weights": bytes(3000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -448,6 +229,49 @@ def test_on_progress_sees_every_step(tmp_path):
     seen = []
     runs.run([Job("toy", base, "", 1, {})], tmp_path, 1, on_progress=lambda *a: seen.append(a))
     assert [(job.name, *rest) for job, *rest in seen] == [("base-1", 1, 1, {"loss": 0.5})]
+
+
+@stage()
+def slow(work: Work) -> Result:
+    work._started -= work.config["seconds"]
+    work.progress(1, 1)
+    return Result(scalars={"gold": 0.25})
+
+
+def test_a_line_for_each_job_that_took_a_second(tmp_path, capsys):
+    jobs = [Job("toy", slow, arm, 1, {"seconds": s}) for arm, s in (("a", 0.0), ("b", 7.0))]
+    runs.run(jobs, tmp_path, 1)
+    assert capsys.readouterr().out.splitlines() == [
+        f"toy: 2 jobs, 2 to do, 1 at a time, in {tmp_path}", "[2/2] slow-b-1: 7 s, gold 0.25"]
+
+
+def test_with_on_progress_the_caller_shows_it_and_nothing_is_printed(tmp_path, capfd):
+    with pytest.raises(runs.JobsFailed):
+        runs.run([Job("toy", slow, "", 1, {"seconds": 7.0}), *family(["bad"])], tmp_path, 1,
+                 on_progress=lambda *_: None)
+    assert capfd.readouterr() == ("", "")
+
+
+BALLAST: list[bytes] = []
+
+
+@stage()
+def grow(work: Work) -> Result:
+    "As if it imported torch: the process stays large, and long enough for loky's check."
+    BALLAST.append(b"x" * work.config["bytes"])
+    time.sleep(work.config["pause"])
+    return Result(counts={"process": os.getpid()})
+
+
+def test_a_child_that_grows_keeps_what_it_has_imported(tmp_path):
+    small = [Job("toy", grow, "small", seed, {"bytes": 1, "pause": 0.1}) for seed in range(4)]
+    large = [Job("toy", grow, "large", seed, {"bytes": size, "pause": 1.1}, small)
+             for seed, size in enumerate([350_000_000, 350_000_000, 1, 1])]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        records = runs.run(large, tmp_path)
+    assert [str(w.message) for w in caught if "worker stopped" in str(w.message)] == []
+    assert len({record.counts["process"] for record in records}) <= 2
 
 
 @pytest.mark.parametrize("damage", [

@@ -1,5 +1,6 @@
 """runs with real processes: killed, interrupted, orphaned, resumed, two in one folder."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -130,8 +131,12 @@ def wait_for(condition, seconds: float = 20.0):
 
 
 def alive(processes: list[psutil.Process]) -> list[str]:
-    return [" ".join(process.cmdline()) for process in processes
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end between two questions
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+    return found
 
 
 LONG = {"steps": 2000, "size": 10, "save_every": 5, "pause": 0.05}
@@ -207,15 +212,3 @@ def test_fresh_leaves_a_job_alone_that_another_run_has(tmp_path):
         runs.run(walks(**LONG), tmp_path, fresh=True)
     process.kill()
     process.communicate()
-
-
-def test_a_kill_costs_at_most_ten_seconds_of_work(monkeypatch, tmp_path):
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    checkpoints, saved = runs.Checkpoints(tmp_path), [0.0]
-    for _ in range(100):
-        clock[0] += 0.7
-        if checkpoints.due():
-            checkpoints.save(1, {})
-            saved.append(clock[0])
-    assert max(b - a for a, b in zip(saved, saved[1:], strict=False)) <= 5.0 + 0.7

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignkit.runs import Checkpoints
+from alignkit.storage import Checkpoints
 from alignkit.training import NotFinite, fit, generator, linear_decay, shuffled_batches
 
 

@@ -37,7 +37,7 @@ class Samples:
     tokens: Tokens  # prompts and completions
     logps: Tensor  # (B, T) at the sampling temperature, 0 at padding
     sampled: Tensor  # (B, T) bool, the policy chose this token
-    terminated: Tensor  # (B,) bool, ended by `eos_token_id`; otherwise cut by the length
+    terminated: Tensor  # (B,) bool, ended by `eos_token_id`; else cut by the length
 
 
 def _check_prompts(prompt_ids: Tensor, attention_mask: Tensor):
@@ -46,10 +46,12 @@ def _check_prompts(prompt_ids: Tensor, attention_mask: Tensor):
                          f"got {tuple(prompt_ids.shape)}")
     if attention_mask.shape != prompt_ids.shape:
         raise ValueError(f"attention_mask: expected the shape of prompt_ids "
-                         f"{tuple(prompt_ids.shape)}, got {tuple(attention_mask.shape)}")
+                         f"{tuple(prompt_ids.shape)}, "
+                         f"got {tuple(attention_mask.shape)}")
     if not attention_mask[:, -1].all():
         raise ValueError("attention_mask: prompts must be padded on the left; "
-                         f"{int((~attention_mask[:, -1].bool()).sum())} rows end in padding")
+                         f"{int((~attention_mask[:, -1].bool()).sum())} rows "
+                         "end in padding")
 
 # %% ../../nbs/library/07_generate_local.ipynb #b1a19fe6
 class _Decoder:
@@ -75,7 +77,7 @@ class _Decoder:
 def sample(
     lm,  # any transformers causal language model
     prompt_ids: Tensor,  # (B, P) int64, padded on the left
-    attention_mask: Tensor | None = None,  # (B, P) bool, False at padding; None: no padding
+    attention_mask: Tensor | None = None,  # (B, P) bool, False at padding; None: none
     *,
     max_new_tokens: int,
     generator: torch.Generator,  # the only source of randomness
@@ -103,7 +105,8 @@ def sample(
         chosen = running
         if writer is not None:
             so_far = torch.stack(ids, 1) if ids else prompt_ids[:, :0]
-            token, logp, chosen = _write(writer(so_far), token, logp, logits, temperature, running)
+            token, logp, chosen = _write(writer(so_far), token, logp, logits,
+                                         temperature, running)
         token = token.masked_fill(~running, pad_token_id)
         ids.append(token)
         kept.append((logp * running, chosen, running))
@@ -112,7 +115,8 @@ def sample(
             if not running.any():
                 break
         new_ids = token[:, None]
-    logps, sampled, alive = (torch.stack(column, 1) for column in zip(*kept, strict=True))
+    logps, sampled, alive = (torch.stack(column, 1)
+                             for column in zip(*kept, strict=True))
     tokens = Tokens(torch.cat([prompt_ids, torch.stack(ids, 1)], 1),
                     torch.cat([attention_mask, alive], 1), prompt_ids.shape[1])
     return Samples(tokens, logps, sampled, ~running)

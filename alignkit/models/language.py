@@ -32,7 +32,8 @@ class Tokens:
     prompt_length: int  # P, at least 1
 
     def __post_init__(self):
-        if self.input_ids.shape != self.attention_mask.shape or self.input_ids.ndim != 2:
+        if (self.input_ids.shape != self.attention_mask.shape
+                or self.input_ids.ndim != 2):
             raise ValueError(
                 "attention_mask: expected the (B, P+T) shape of input_ids, got "
                 f"{tuple(self.attention_mask.shape)} and {tuple(self.input_ids.shape)}")
@@ -72,8 +73,8 @@ def _padded(
     rows: list[list[int]], pad: int, left: bool
 ) -> tuple[Tensor, Tensor]:  # ids, mask
     width = max(map(len, rows))
-    filled = [[pad] * (width - len(row)) + row if left else row + [pad] * (width - len(row))
-              for row in rows]
+    filled = [[pad] * (width - len(row)) + row if left
+              else row + [pad] * (width - len(row)) for row in rows]
     lengths = torch.tensor([[len(row)] for row in rows])
     columns = torch.arange(width)
     mask = columns >= width - lengths if left else columns < lengths
@@ -89,7 +90,8 @@ def _token_rows(tokenizer, name: str, texts: Sequence[str]) -> list[list[int]]:
     rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     empty = [i for i, row in enumerate(rows) if not row]
     if empty:
-        raise ValueError(f"{name}: expected at least one token a row, row {empty[0]} has none")
+        raise ValueError(f"{name}: expected at least one token a row, "
+                         f"row {empty[0]} has none")
     return rows
 
 # %% ../../nbs/library/06_models_language.ipynb #0ad2fd6d
@@ -98,7 +100,8 @@ def encode_prompts(
     prompts: Sequence[str],
 ) -> tuple[Tensor, Tensor]:  # ids (B, P) int64 and mask (B, P) bool, padded on the left
     "Tokenizes prompts for sampling."
-    return _padded(_token_rows(tokenizer, "prompts", prompts), tokenizer.pad_token_id, left=True)
+    return _padded(_token_rows(tokenizer, "prompts", prompts), tokenizer.pad_token_id,
+                   left=True)
 
 
 def encode(
@@ -106,7 +109,7 @@ def encode(
     prompts: Sequence[str],
     completions: Sequence[str],
 ) -> Tokens:
-    "Tokenizes prompts with their completions, each ended by the end-of-text token if any."
+    "Tokenizes prompts with their completions, each ended by end-of-text if any."
     if len(prompts) != len(completions):
         raise ValueError(f"completions: expected {len(prompts)}, one a prompt, "
                          f"got {len(completions)}")
@@ -124,8 +127,8 @@ def model_inputs(tokens: Tokens) -> dict:
     if not tokens.left_padded:
         return {"input_ids": tokens.input_ids, "use_cache": False}
     positions = (tokens.attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": tokens.input_ids, "use_cache": False, "position_ids": positions,
-            "attention_mask": tokens.attention_mask.long()}
+    return {"input_ids": tokens.input_ids, "use_cache": False,
+            "position_ids": positions, "attention_mask": tokens.attention_mask.long()}
 
 
 def label_ids(tokens: Tokens) -> Tensor:  # (B, T) completion ids, -100 at padding
@@ -133,14 +136,16 @@ def label_ids(tokens: Tokens) -> Tensor:  # (B, T) completion ids, -100 at paddi
     return tokens.completion_ids.masked_fill(~tokens.completion_mask, -100)
 
 # %% ../../nbs/library/06_models_language.ipynb #99081d28
-def tiny_config(tokenizer, width: int = 32, layers: int = 2, heads: int = 2, positions: int = 64):
+def tiny_config(tokenizer, width: int = 32, layers: int = 2, heads: int = 2,
+                positions: int = 64):
     "Configuration of a miniature Llama for a tokenizer's vocabulary."
     return require("transformers", "llm").LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=positions,
+        num_hidden_layers=layers, num_attention_heads=heads,
+        max_position_embeddings=positions,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, initializer_range=0.1, classifier_dropout=0.0,
-        attn_implementation="sdpa")
+        eos_token_id=tokenizer.eos_token_id, initializer_range=0.1,
+        classifier_dropout=0.0, attn_implementation="sdpa")
 
 
 def from_seed(model_class, config, seed: int):
@@ -234,7 +239,7 @@ class LanguagePolicy(nn.Module):
 class LanguageCritic(nn.Module):
     "State values of a partial completion, from a token classifier with one label."
 
-    def __init__(self, model):  # a transformers `…ForTokenClassification` with one label
+    def __init__(self, model):  # a transformers `…ForTokenClassification`, one label
         super().__init__()
         self.model = model
 

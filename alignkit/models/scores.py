@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Scored', 'ScoreLM', 'tiny_scorelm', 'behaviour_logps', 'calibrate_eps_beta', 'Scores', 'ScoreLMScorer',
-           'ensemble_scores', 'WorstCase', 'UncertaintyWeighted', 'save_ensemble', 'load_ensemble']
+           'ScoreEnsemble', 'WorstCase', 'UncertaintyWeighted']
 
 # %% ../../nbs/library/06a_models_scores.ipynb #49a2b40c
-import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ class Scored:
 
 
 class ScoreLM(nn.Module):
-    "A causal LM with a scalar score head beside its own LM head (arXiv:2503.18130, §4)."
+    "A causal LM with a scalar score head beside its LM head (arXiv:2503.18130, §4)."
 
     lm: Any
     centre: Tensor
 
-    def __init__(self, lm):  # any transformers causal language model; its LM head is kept
+    def __init__(self, lm):  # any transformers causal LM; its LM head is kept
         super().__init__()
         self.lm = lm
         self.score_head = nn.Linear(lm.config.hidden_size, 1, bias=False)
@@ -120,48 +120,58 @@ class ScoreLMScorer:
         scored = self.scorelm(tokens)
         if self.eps_beta is None:
             return Scores(scored.scores)
-        found = ops.token_logps(scored.logits.flatten(0, 1), label_ids(tokens).flatten(),
-                                eps_beta=self.eps_beta)
+        found = ops.token_logps(scored.logits.flatten(0, 1),
+                                label_ids(tokens).flatten(), eps_beta=self.eps_beta)
         assert found.supported is not None  # eps_beta was given
         return Scores(scored.scores, found.supported.view(tokens.completion_ids.shape))
 
 # %% ../../nbs/library/06a_models_scores.ipynb #5e29a48d
-@torch.no_grad()
-def ensemble_scores(members, tokens: Tokens) -> Tensor:  # (M, B)
-    "The score of every member for every completion."
-    return torch.stack([member(tokens).scores for member in members])
+class ScoreEnsemble(nn.Module):
+    "Reward models that differ in their seeds; on disk a folder of folders."
 
+    members: Any  # a ModuleList of ScoreLMs
 
+    def __init__(self, members: Sequence[ScoreLM]):
+        super().__init__()
+        if len(members) < 2:
+            raise ValueError(f"members: expected at least 2, got {len(members)}")
+        self.members = nn.ModuleList(members)
+
+    def forward(self, tokens: Tokens) -> Tensor:  # (M, B) score of every member
+        return torch.stack([member(tokens).scores for member in self.members])
+
+    def save_pretrained(self, folder: str | Path):
+        "Each member in `folder/0`, `folder/1`, …"
+        for i, member in enumerate(self.members):
+            member.save_pretrained(Path(folder) / str(i))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options) -> "ScoreEnsemble":
+        "`options` for `AutoModelForCausalLM.from_pretrained`."
+        saved = sorted((f for f in Path(folder).iterdir() if f.name.isdigit()),
+                       key=lambda f: int(f.name))
+        return cls([ScoreLM.from_pretrained(member, **options) for member in saved])
+
+# %% ../../nbs/library/06a_models_scores.ipynb #dd0002e8
 @dataclass
 class WorstCase:
     "Minimum over an ensemble of reward models (WCO)."
 
-    members: list[ScoreLM]
+    ensemble: Callable[[Tokens], Tensor]  # (M, B) scores
 
+    @torch.no_grad()
     def __call__(self, rollout) -> Scores:
-        return Scores(ensemble_scores(self.members, rollout.inputs).amin(0))
+        return Scores(self.ensemble(rollout.inputs).amin(0))
 
 
 @dataclass
 class UncertaintyWeighted:
     "Mean minus `weight` times the variance over an ensemble of reward models (UWO)."
 
-    members: list[ScoreLM]
+    ensemble: Callable[[Tokens], Tensor]  # (M, B) scores
     weight: float  # of the sample variance
 
+    @torch.no_grad()
     def __call__(self, rollout) -> Scores:
-        scores = ensemble_scores(self.members, rollout.inputs)
+        scores = self.ensemble(rollout.inputs)
         return Scores(scores.mean(0) - self.weight * scores.var(0))
-
-# %% ../../nbs/library/06a_models_scores.ipynb #658b99d5
-def save_ensemble(members: list[ScoreLM], folder: str | Path):
-    "Saves each member in `folder/0`, `folder/1`, …"
-    for i, member in enumerate(members):
-        member.save_pretrained(Path(folder) / str(i))
-    (Path(folder) / "ensemble.json").write_text(json.dumps({"members": len(members)}))
-
-
-def load_ensemble(folder: str | Path, **options) -> list[ScoreLM]:
-    "The members that `save_ensemble` wrote."
-    count = json.loads((Path(folder) / "ensemble.json").read_text())["members"]
-    return [ScoreLM.from_pretrained(Path(folder) / str(i), **options) for i in range(count)]

@@ -21,7 +21,16 @@ import numpy as np
 import torch
 
 from .. import runs
-from ..claims import Claim, Exact, Greater, NotTested, Plot, Reported, difference, scalar
+from alignkit.claims import (
+    Claim,
+    Exact,
+    Greater,
+    NotTested,
+    Plot,
+    Reported,
+    difference,
+    scalar,
+)
 from ..generate.local import sample
 from alignkit.models.language import (
     LanguageCritic,
@@ -33,6 +42,7 @@ from alignkit.models.language import (
     tiny_critic,
 )
 from alignkit.models.scores import (
+    ScoreEnsemble,
     ScoreLM,
     ScoreLMScorer,
     Scores,
@@ -103,7 +113,8 @@ def contraction_ratio(mdp: TabularMDP, seed: int, pairs: int = 20) -> float:
     ratios = []
     for _ in range(pairs):
         one, other = rng.normal(0, 10, (2, *mdp.proxy.shape))
-        after = supported_backup(mdp, policy, one) - supported_backup(mdp, policy, other)
+        after = (supported_backup(mdp, policy, one)
+                 - supported_backup(mdp, policy, other))
         ratios.append(abs(after).max() / abs(one - other).max())
     return max(ratios)
 
@@ -128,7 +139,9 @@ def supported_policy_iteration(mdp: TabularMDP, steps: int = 50) -> list[np.ndar
     raise RuntimeError(f"steps: policy iteration had not settled after {steps}")
 
 
-def supported_value_iteration(mdp: TabularMDP, tolerance: float = 1e-12) -> np.ndarray:  # (S,)
+def supported_value_iteration(
+    mdp: TabularMDP, tolerance: float = 1e-12
+) -> np.ndarray:  # (S,)
     "Optimal proxy values when only supported actions exist: an independent check."
     reward = np.where(mdp.supported, mdp.proxy, -np.inf)
     value = np.zeros(len(reward))
@@ -169,11 +182,13 @@ def tabular(work: Work) -> Result:
     mdp, tree = random_mdp(work.seed), random_tree(work.seed)
     rng = np.random.default_rng(derive_seed(work.seed, "policies"))
     uniform = np.full(mdp.proxy.shape, 1 / mdp.proxy.shape[1])
-    inside = rng.dirichlet(np.ones(mdp.proxy.shape[1]), size=len(mdp.proxy)) * mdp.supported
+    inside = (rng.dirichlet(np.ones(mdp.proxy.shape[1]), size=len(mdp.proxy))
+              * mdp.supported)
     inside /= inside.sum(1, keepdims=True)
     policies = supported_policy_iteration(mdp)
     proxy = [policy_values(mdp, p, mdp.proxy) for p in policies]
-    q_uniform, q_inside = supported_q_values(mdp, uniform), supported_q_values(mdp, inside)
+    q_uniform = supported_q_values(mdp, uniform)
+    q_inside = supported_q_values(mdp, inside)
     outside = ~mdp.supported
     same = abs(q_inside - q_values(mdp, inside, mdp.proxy))[mdp.supported].max()
     iterated = uniform * 0
@@ -182,13 +197,16 @@ def tabular(work: Work) -> Result:
     return Result(scalars={
         "contraction_ratio": contraction_ratio(mdp, work.seed),
         "fixed_point_gap": float(abs(iterated - q_uniform).max()),
-        "floor_gap": float(abs(q_uniform - minimum_return(mdp))[outside].max(initial=0)),
-        "excess_over_q": max(0.0, float((q_uniform - q_values(mdp, uniform, mdp.proxy)).max())),
+        "floor_gap": float(
+            abs(q_uniform - minimum_return(mdp))[outside].max(initial=0)),
+        "excess_over_q": max(
+            0.0, float((q_uniform - q_values(mdp, uniform, mdp.proxy)).max())),
         "inside_gap": float(same),
         "largest_loss": float(max(0, *(-np.diff(proxy[1:])))),
         "optimum_gap": float(abs(proxy[-1] - supported_value_iteration(mdp).mean())),
         "unsupported_choices": float((policies[-1].astype(bool) & outside).sum()),
-        "v_form_gap": v_form_deviation(tree, rng.dirichlet(np.ones(3), size=len(tree.proxy))),
+        "v_form_gap": v_form_deviation(
+            tree, rng.dirichlet(np.ones(3), size=len(tree.proxy))),
         "gold_supported": policy_values(mdp, policies[-1], mdp.gold),
         "gold_plain": policy_values(mdp, _plain_optimum(mdp), mdp.gold),
     })
@@ -228,7 +246,7 @@ class Config:
     lam: float = 0.95
     kl_coef: float = 0.2  # of PPO-KL, chosen on burnt seeds
     uwo_weight: float = 0.1  # of the variance in UWO, chosen on burnt seeds
-    support_quantile: float = 0.005  # share of in-distribution tokens called unsupported
+    support_quantile: float = 0.005  # share of the data's own tokens called unsupported
     v_min_margin: float = 2.0  # V_min lies this far below the smallest training score
     evaluate_every: int = 5  # rounds
     evaluation_samples: int = 512
@@ -241,8 +259,9 @@ class Config:
     @classmethod
     def smoke(cls) -> "Config":
         "Seconds: shows that everything runs and decides nothing."
-        return cls(demonstrations=512, preference_pairs=512, sft_steps=30, scorelm_steps=30,
-                   iterations=4, completions=64, evaluate_every=2, evaluation_samples=128)
+        return cls(demonstrations=512, preference_pairs=512, sft_steps=30,
+                   scorelm_steps=30, iterations=4, completions=64, evaluate_every=2,
+                   evaluation_samples=128)
 
 
 ARXIV = "2503.18130"
@@ -256,16 +275,17 @@ def _all_real(ids: np.ndarray, device: str) -> Tokens:
     return Tokens(tensor, torch.ones_like(tensor, dtype=torch.bool), prompt_length=1)
 
 
-def _every_prompt(n: int, device: str) -> torch.Tensor:  # (n, 1): the sixteen words in turn
+def _every_prompt(n: int, device: str) -> torch.Tensor:  # (n, 1): the words in turn
     return (torch.arange(n, device=device) % PAD)[:, None]
 
-
+# %% ../../nbs/papers/01_bspo.ipynb #4bb0f4b3
 @stage(version=2)
 def train_sft(work: Work) -> Result:
     "The initial policy: supervised fine-tuning on noisy demonstrations."
     config, tokenizer = Config(**work.config), grammar_tokenizer()
     world = TokenGrammar(work.seed, config.world)
-    rows = demonstration_dataset(world, config.demonstrations, derive_seed(work.seed, "sft"),
+    rows = demonstration_dataset(world, config.demonstrations,
+                                 derive_seed(work.seed, "sft"),
                                  config.demonstration_noise)
     lm = tiny_causal_lm(tokenizer, derive_seed(work.seed, "policy"), width=config.width,
                         layers=config.layers).to(config.device)
@@ -296,19 +316,22 @@ def train_scorelm(work: Work) -> Result:
     config, tokenizer = Config(**work.config), grammar_tokenizer()
     world = TokenGrammar(work.seed, config.world)
     pairs = encode_pairs(tokenizer, preference_dataset(
-        world, config.preference_pairs, derive_seed(work.seed, "preferences"))).to(config.device)
-    scorelm = tiny_scorelm(tokenizer, derive_seed(work.seed, work.arm), width=config.width,
-                           layers=config.layers).to(config.device)
+        world, config.preference_pairs, derive_seed(work.seed, "preferences")
+    )).to(config.device)
+    scorelm = tiny_scorelm(tokenizer, derive_seed(work.seed, work.arm),
+                           width=config.width, layers=config.layers).to(config.device)
     with one_thread(), quiet_transformers():
         history = fit_scorelm(
             scorelm, pairs, steps=config.scorelm_steps, batch_size=config.batch_size,
             lr=config.scorelm_lr, lm_coef=config.lm_coef,
-            seed=derive_seed(work.seed, work.arm, "order"), checkpoints=work.checkpoints,
+            seed=derive_seed(work.seed, work.arm, "order"),
+            checkpoints=work.checkpoints,
             on_round=_reporter(work, config.scorelm_steps, "loss", "accuracy"))
         scalars = {"minimum_score": float(answer_scores(scorelm, pairs).min()),
                    **_scorelm_quality(scorelm, world, config, work.seed)}
         scorelm.save_pretrained(work.folder / "scorelm")
-    return Result(scalars=scalars, curves={"accuracy": [h["accuracy"] for h in history[::10]]})
+    return Result(scalars=scalars,
+                  curves={"accuracy": [h["accuracy"] for h in history[::10]]})
 
 # %% ../../nbs/papers/01_bspo.ipynb #5ac505e2
 def _scorelm_quality(
@@ -325,7 +348,8 @@ def _scorelm_quality(
     answers = unsupported(world, outside.answers.input_ids.cpu().numpy()).any(1)
     leaves = np.flatnonzero(answers.reshape(2, -1).any(0))
     held_out = sample_sentences(world, 1000, derive_seed(seed, "held out"))
-    eps_beta = calibrate_eps_beta(scorelm, _all_real(held_out, device), config.support_quantile)
+    eps_beta = calibrate_eps_beta(scorelm, _all_real(held_out, device),
+                                  config.support_quantile)
     probe = sample_sentences(world, n, derive_seed(seed, "probe"), noise)
     beta = behaviour_logps(scorelm, _all_real(probe, device)).exp().cpu().numpy()
     called_out, is_out = beta <= eps_beta, unsupported(world, probe)
@@ -342,7 +366,8 @@ ARMS = ("ppo", "ppo_kl", "wco", "uwo", "bspo")
 LABELS = {"ppo": "PPO", "ppo_kl": "PPO-KL", "wco": "WCO", "uwo": "UWO", "bspo": "BSPO"}
 
 
-def _method(arm: str, config: Config, members: list[ScoreLM], proxy: Mapping[str, float]):
+def _method(arm: str, config: Config, members: list[ScoreLM],
+            proxy: Mapping[str, float]):
     "The scorer and the algorithm of an arm; `proxy` are the scalars of ScoreLM 0."
     ppo = {"lam": config.lam, "entropy_coef": config.entropy_coef}
     match arm.partition("=")[0]:
@@ -351,12 +376,14 @@ def _method(arm: str, config: Config, members: list[ScoreLM], proxy: Mapping[str
         case "ppo_kl":
             return ScoreLMScorer(members[0]), PPO(**ppo, beta=config.kl_coef)
         case "wco":
-            return WorstCase(members), PPO(**ppo)
+            return WorstCase(ScoreEnsemble(members)), PPO(**ppo)
         case "uwo":
-            return UncertaintyWeighted(members, config.uwo_weight), PPO(**ppo)
+            scorer = UncertaintyWeighted(ScoreEnsemble(members), config.uwo_weight)
+            return scorer, PPO(**ppo)
         case "bspo":
             v_min = proxy["minimum_score"] - config.v_min_margin
-            return ScoreLMScorer(members[0], proxy["eps_beta"]), BSPO(**ppo, v_min=v_min)
+            return (ScoreLMScorer(members[0], proxy["eps_beta"]),
+                    BSPO(**ppo, v_min=v_min))
     raise ValueError(f"arm: expected one of {ARMS}, got {arm!r}")
 
 # %% ../../nbs/papers/01_bspo.ipynb #8d3dc4c1
@@ -369,8 +396,10 @@ def evaluate_policy(
     seed: int,
 ) -> tuple[dict[str, float], np.ndarray]:  # figures, and the sentences (n, 1+T)
     "Gold and proxy reward, unsupported words and KL of a policy's sentences."
-    samples = sample(policy.lm, _every_prompt(n, policy.lm.device), max_new_tokens=world.length,
-                     generator=generator(seed, "evaluation"), temperature=policy.temperature)
+    samples = sample(policy.lm, _every_prompt(n, policy.lm.device),
+                     max_new_tokens=world.length,
+                     generator=generator(seed, "evaluation"),
+                     temperature=policy.temperature)
     rollout = score_samples(samples, scorer)
     with torch.no_grad():
         log_ratio = rollout.logps - reference.evaluate(rollout).logps
@@ -415,9 +444,10 @@ def load_players(work: Work, config: Config) -> Players:
     scorer, algorithm = _method(work.arm, config, members, needs[0].record.scalars)
     critic = tiny_critic(grammar_tokenizer(), derive_seed(work.seed, "critic"),
                          width=config.width, layers=config.layers).to(config.device)
-    policy, reference = (LanguagePolicy.from_pretrained(sft).to(config.device) for _ in range(2))
-    return Players(TokenGrammar(work.seed, config.world), policy, reference, critic, scorer,
-                   algorithm)
+    policy, reference = (LanguagePolicy.from_pretrained(sft).to(config.device)
+                         for _ in range(2))
+    return Players(TokenGrammar(work.seed, config.world), policy, reference, critic,
+                   scorer, algorithm)
 
 # %% ../../nbs/papers/01_bspo.ipynb #ccd3ab47
 @stage(version=2)
@@ -437,14 +467,17 @@ def train_policy(work: Work) -> Result:
                                       derive_seed(work.seed, "end"))
         players.policy.save_pretrained(work.folder / "policy")
         grammar_tokenizer().save_pretrained(work.folder / "policy")
+    for finding in health(history):
+        print(f"{work.job.name}: {finding}")
     return _policy_result(history, end, sentences, config)
 
-
+# %% ../../nbs/papers/01_bspo.ipynb #4b7ef28c
 def _collector(players: Players, config: Config, seed: int) -> LanguageCollector:
     prompts = _every_prompt(PAD, config.device)
     return LanguageCollector(
-        players.policy, prompts, torch.ones_like(prompts, dtype=torch.bool), players.scorer,
-        config.completions, players.world.length, seed=derive_seed(seed, "rollouts"),
+        players.policy, prompts, torch.ones_like(prompts, dtype=torch.bool),
+        players.scorer, config.completions, players.world.length,
+        seed=derive_seed(seed, "rollouts"),
         ref_policy=players.reference if players.algorithm.beta else None)
 
 
@@ -452,7 +485,8 @@ def _observer(players: Players, config: Config, seed: int):
     def observe(round_: int) -> dict[str, float]:
         if round_ % config.evaluate_every:
             return {}
-        return players.look(config.evaluation_samples, derive_seed(seed, "look", round_))[0]
+        return players.look(config.evaluation_samples,
+                            derive_seed(seed, "look", round_))[0]
 
     return observe
 
@@ -480,7 +514,7 @@ def _policy_result(history, end, sentences, config) -> Result:
 
 # %% ../../nbs/papers/01_bspo.ipynb #bd02714b
 def peak_drop(curves: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    "Over-optimization: gold at its peak minus gold at the end, located and measured apart."
+    "Over-optimization: gold at its peak minus at the end, located and measured apart."
     peak = int(np.argmax(curves["gold_first"]))
     return {
         "gold_drop": curves["gold_second"][peak] - curves["gold_second"][-1],
@@ -494,13 +528,16 @@ STAGE_FIELDS = {
     "train_sft": ("demonstrations", "demonstration_noise", "sft_steps", "sft_lr"),
     "train_scorelm": ("preference_pairs", "scorelm_steps", "scorelm_lr", "lm_coef",
                       "demonstration_noise", "support_quantile"),
-    "train_policy": ("members", "iterations", "completions", "minibatches", "epochs", "lr",
-                     "entropy_coef", "lam", "evaluate_every", "evaluation_samples"),
+    "train_policy": ("members", "iterations", "completions", "minibatches", "epochs",
+                     "lr", "entropy_coef", "lam", "evaluate_every",
+                     "evaluation_samples"),
 }
 ARM_FIELDS = {"ppo_kl": ("kl_coef",), "uwo": ("uwo_weight",), "bspo": ("v_min_margin",)}
 
 
-def _job(function, arm: str, seed: int, config: Config, needs: Sequence[Job] = ()) -> Job:
+def _job(
+    function, arm: str, seed: int, config: Config, needs: Sequence[Job] = ()
+) -> Job:
     own = ARM_FIELDS.get(arm.partition("=")[0], ())
     names = {*SHARED_FIELDS, *STAGE_FIELDS[function.__name__], *own}
     part = {name: value for name, value in asdict(config).items() if name in names}
@@ -514,7 +551,9 @@ def _arm_config(arm: str, config: Config) -> Config:
     return replace(config, **change)
 
 
-def language_jobs(config: Config, seeds: Iterable[int], arms: Sequence[str] = ARMS) -> list[Job]:
+def language_jobs(
+    config: Config, seeds: Iterable[int], arms: Sequence[str] = ARMS
+) -> list[Job]:
     "Seed by seed: the initial policy, the reward models, the arms."
     listed = []
     for seed in seeds:
@@ -522,8 +561,8 @@ def language_jobs(config: Config, seeds: Iterable[int], arms: Sequence[str] = AR
         members = [_job(train_scorelm, f"scorelm-{i}", seed, config)
                    for i in range(config.members)]
         listed += [sft, *members]
-        listed += [_job(train_policy, arm, seed, _arm_config(arm, config), (sft, *members))
-                   for arm in arms]
+        listed += [_job(train_policy, arm, seed, _arm_config(arm, config),
+                        (sft, *members)) for arm in arms]
     return listed
 
 
@@ -534,11 +573,11 @@ def jobs(config: Config, seeds: Iterable[int]) -> list[Job]:
     return [Job("bspo", tabular, "tabular", seed, {}) for seed in tabular_seeds
             ] + language_jobs(config, seeds)
 
-
+# %% ../../nbs/papers/01_bspo.ipynb #cdba10f4
 def run(
     config: Config,
     seeds: Iterable[int],
-    out: str | Path,  # folder of the records and jobs; finished jobs in it are not repeated
+    out: str | Path,  # folder of records and jobs; finished jobs in it are not repeated
     arms: Sequence[str] = ARMS,
     processes: int = 2,  # 1 runs in this process
     on_progress=None,  # called with (job, step, total, scalars); needs processes=1
@@ -548,34 +587,43 @@ def run(
                     on_progress=on_progress)
 
 # %% ../../nbs/papers/01_bspo.ipynb #9c6e4241
-def _exact(key: str, statement: str, source: str, name: str, tolerance: float = 1e-9) -> Claim:
+def _exact(
+    key: str, statement: str, source: str, name: str, tolerance: float = 1e-9
+) -> Claim:
     return Claim(key, statement, "theorem", source, "mini", ("tabular",),
                  lambda records: scalar(records, "tabular", name), Exact(tolerance))
 
-
+# %% ../../nbs/papers/01_bspo.ipynb #179208eb
 def tabular_claims() -> list[Claim]:
     "9a: the theorems, on twenty random processes and trees."
     return [
-        Claim("9a.1", "the operator contracts by at least γ: excess of the ratio over γ",
+        Claim("9a.1",
+              "the operator contracts by at least γ: excess of the ratio over γ",
               "≤ γ", "Theorem 1", "mini", ("tabular",),
-              lambda records: {seed: max(0.0, ratio - random_mdp(seed).gamma) for seed, ratio
-                               in scalar(records, "tabular", "contraction_ratio").items()},
+              lambda records: {
+                  seed: max(0.0, ratio - random_mdp(seed).gamma) for seed, ratio
+                  in scalar(records, "tabular", "contraction_ratio").items()},
               Exact(0.0)),
-        _exact("9a.2-fixed-point", "600 backups from zero end at the solved fixed point",
+        _exact("9a.2-fixed-point",
+               "600 backups from zero end at the solved fixed point",
                "Theorem 2", "fixed_point_gap"),
         _exact("9a.2-floor", "unsupported pairs are worth exactly Q_min", "Theorem 2",
                "floor_gap"),
         _exact("9a.2-below", "the operator's values never exceed the ordinary ones",
                "Theorem 2", "excess_over_q"),
-        _exact("9a.3", "for a supported policy, values of supported pairs are the ordinary ones",
+        _exact("9a.3",
+               "for a supported policy, values of supported pairs are the ordinary "
+               "ones",
                "Corollary 2", "inside_gap"),
-        _exact("9a.4", "from the first supported policy on, no iteration loses proxy value",
+        _exact("9a.4",
+               "from the first supported policy on, no iteration loses proxy value",
                "Theorem 3", "largest_loss"),
-        _exact("9a.5", "the last policy is the best of all supported policies", "Theorem 3",
-               "optimum_gap"),
+        _exact("9a.5", "the last policy is the best of all supported policies",
+               "Theorem 3", "optimum_gap"),
         _exact("9a.6", "the last policy makes no unsupported choice", "Corollary 1",
                "unsupported_choices", 0.0),
-        _exact("9a.7", "on trees, r + γV of the V-form equals Q", "Theorem 4", "v_form_gap"),
+        _exact("9a.7", "on trees, r + γV of the V-form equals Q", "Theorem 4",
+               "v_form_gap"),
     ]
 
 # %% ../../nbs/papers/01_bspo.ipynb #cbea77ff
@@ -600,7 +648,7 @@ def _unsupported_lead(records: Sequence[Record]) -> dict[int, float]:
 
 # %% ../../nbs/papers/01_bspo.ipynb #5cde7ca4
 def rise_before_peak(curves: Mapping[str, Sequence[float]]) -> float:
-    "Iterations from the rise of unsupported words to the peak of gold; negative if after."
+    "Iterations from the rise of unsupported words to gold's peak; negative if after."
     words = np.asarray(curves["unsupported"])
     risen = words > np.minimum.accumulate(words) + 0.5
     if not risen.any():
@@ -625,23 +673,29 @@ def main_claims() -> list[Claim]:
     ahead = {arm: f"BSPO's gold at the end exceeds {LABELS[arm]}'s"
              for arm in ARMS if arm != "bspo"}
     return [
-        Claim("9b.1-S", "the proxy ranks pairs inside its data better than pairs outside",
-              "75.9 % − 58.1 %", "Fig. 1c", "mini", ("scorelm-0",), _accuracy_gap, Greater()),
+        Claim("9b.1-S",
+              "the proxy ranks pairs inside its data better than pairs outside",
+              "75.9 % − 58.1 %", "Fig. 1c", "mini", ("scorelm-0",), _accuracy_gap,
+              Greater()),
         Claim("9b.2-drop", "PPO loses gold from its peak to the end", CURVES, "Fig. 3",
               "mini", ("ppo",), _drop("ppo"), Greater(margin=1.0)),
-        Claim("9b.2-proxy", "PPO's proxy rises from the gold peak to the end", CURVES, "Fig. 3",
-              "mini", ("ppo",), lambda records: scalar(records, "ppo", "proxy_rise"), Greater()),
-        *(Claim(f"9b.2-{LABELS[arm]}", f"gold that {LABELS[arm]} loses from its peak to the end",
+        Claim("9b.2-proxy", "PPO's proxy rises from the gold peak to the end", CURVES,
+              "Fig. 3", "mini", ("ppo",),
+              lambda records: scalar(records, "ppo", "proxy_rise"), Greater()),
+        *(Claim(f"9b.2-{LABELS[arm]}",
+                f"gold that {LABELS[arm]} loses from its peak to the end",
                 CURVES, "Fig. 3", "mini", (arm,), _drop(arm), Reported())
           for arm in ARMS if arm != "ppo"),
         *(Claim(f"9b.3-{LABELS[arm]}", statement, CURVES, "Fig. 3", "mini",
-                ("bspo", arm), _gold_lead(arm), Reported() if arm == "ppo_kl" else Greater())
+                ("bspo", arm), _gold_lead(arm),
+                Reported() if arm == "ppo_kl" else Greater())
           for arm, statement in ahead.items()),
-        Claim("9b.4", "BSPO writes less than a quarter of PPO's unsupported words", CURVES,
-              "Fig. 4b", "mini", ("ppo", "bspo"), _unsupported_lead, Greater()),
-        Claim("9b.4-timing", "iterations by which PPO's unsupported words rise before its gold "
-              "peaks, where it drops by 1 or more", "together", "Fig. 4b", "mini", ("ppo",),
-              _rise_lead, Reported()),
+        Claim("9b.4", "BSPO writes less than a quarter of PPO's unsupported words",
+              CURVES, "Fig. 4b", "mini", ("ppo", "bspo"), _unsupported_lead, Greater()),
+        Claim("9b.4-timing",
+              "iterations by which PPO's unsupported words rise before its gold "
+              "peaks, where it drops by 1 or more", "together", "Fig. 4b", "mini",
+              ("ppo",), _rise_lead, Reported()),
     ]
 
 # %% ../../nbs/papers/01_bspo.ipynb #15dc0d8f
@@ -651,7 +705,8 @@ _LATER = (
     ("9b.3-mask-only", "mini", "BSPO against masking the sampler"),
     ("9b.3-reward-penalty", "mini", "BSPO against a fine per unsupported word"),
     ("9b.3-I", "mini", "BSPO against PPO, PPO-KL, WCO and the oracle in world I"),
-    ("9b.5", "mini", "true support, a separate behaviour model, ScoreLM reward with plain PPO"),
+    ("9b.5", "mini",
+     "true support, a separate behaviour model, ScoreLM reward with plain PPO"),
     ("9b.6", "mini", "gold at matched KL against the best PPO-KL (Fig. 4c)"),
     ("9b.7", "mini", "sweeps of ε_β and V_min"),
     ("9b.control", "mini", "BSPO with a shuffled support table falls behind"),
@@ -679,7 +734,8 @@ def _title(name: str, words: str) -> Callable[[Sequence[Record]], str]:
         ends = {arm: _mean_end(records, arm, name) for arm in ARMS
                 if scalar(records, arm, f"{name}_end")}
         named = [arm for arm in ends if arm in ("ppo", "bspo")] or list(ends)
-        return f"{words}: " + ", ".join(f"{LABELS[arm]} {ends[arm]:.1f}" for arm in named)
+        return f"{words}: " + ", ".join(
+            f"{LABELS[arm]} {ends[arm]:.1f}" for arm in named)
 
     return title
 
@@ -702,30 +758,34 @@ REGIME_ARMS = ("ppo", "bspo", "wco", *(f"ppo_kl={value:g}" for value in KL_COEFS
 
 
 def regime_jobs() -> list[Job]:
-    "The search on burnt seeds: does PPO over-optimize, and which coefficients are best?"
+    "The search on burnt seeds: does PPO over-optimize, which coefficients are best?"
     return language_jobs(Config.mini(), BURNT_SEEDS, REGIME_ARMS)
 
 
 def regime_table(records: Sequence[Record]) -> list[dict[str, Any]]:
-    "One row an arm: mean gold at the end, unsupported words, and seeds with a drop of ≥ 1."
+    "One row an arm: mean gold at the end, unsupported words, seeds with a drop of ≥ 1."
     rows = []
     for arm in REGIME_ARMS:
         drops = scalar(records, arm, "gold_drop")
         rows.append({
-            "arm": arm, "seeds": len(drops), "gold_end": _mean_end(records, arm, "gold"),
+            "arm": arm, "seeds": len(drops),
+            "gold_end": _mean_end(records, arm, "gold"),
             "unsupported_end": _mean_end(records, arm, "unsupported"),
             "drop": float(np.mean(list(drops.values()))),
             "seeds_with_drop": sum(drop >= 1 for drop in drops.values())})
     return rows
 
 # %% ../../nbs/papers/01_bspo.ipynb #9177d28f
-def show_responses(world: TokenGrammar, ids: np.ndarray) -> list[str]:  # one line a sentence
+def show_responses(
+    world: TokenGrammar, ids: np.ndarray
+) -> list[str]:  # one line a sentence
     "Sentences as text, prompt first, with every unsupported word in [brackets]."
     ids = np.asarray(ids)
     outside, lines = unsupported(world, ids), []
     for row, marks in zip(ids, outside, strict=True):
         first, *words = to_text(row[None])[0].split()
-        shown = [f"[{word}]" if mark else word for word, mark in zip(words, marks, strict=True)]
+        shown = [f"[{word}]" if mark else word
+                 for word, mark in zip(words, marks, strict=True)]
         lines.append(f"{first} → {' '.join(shown)}")
     return lines
 

@@ -56,13 +56,14 @@ def clipped_policy_loss(
     mask: Tensor,  # (B, T) bool
     eps_low: float,
     eps_high: float,
-) -> tuple[Tensor, Tensor]:  # loss (scalar), share of steps whose gradient the clip removed
+) -> tuple[Tensor, Tensor]:  # loss (scalar), share of steps with gradient clipped away
     "PPO's pessimistic surrogate, averaged over the steps that count."
     log_ratio = (logps - old_logps).where(mask, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped)
-    removed = (advantages > 0) & (ratio > 1 + eps_high) | (advantages < 0) & (ratio < 1 - eps_low)
+    removed = ((advantages > 0) & (ratio > 1 + eps_high)
+               | (advantages < 0) & (ratio < 1 - eps_low))
     return masked_mean(loss, mask), masked_mean(removed.float(), mask)
 
 # %% ../../nbs/library/10a_rl_algorithms.ipynb #1c9cba71
@@ -83,8 +84,9 @@ class PPO:
         if self.beta == 0:
             return rollout.rewards
         if rollout.ref_logps is None:
-            raise ValueError("ref_logps: expected the reference policy's log-probabilities "
-                             f"in the rollout because beta is {self.beta}, got None")
+            raise ValueError("ref_logps: expected the reference policy's "
+                             "log-probabilities in the rollout because beta is "
+                             f"{self.beta}, got None")
         return rollout.rewards - self.beta * (rollout.logps - rollout.ref_logps)
 
     def targets(self, rollout: Rollout) -> Targets:
@@ -101,8 +103,10 @@ class PPO:
         "Scalar loss and the figures to log."
         targets, old = batch.targets, batch.rollout.logps
         policy_loss, clipped = clipped_policy_loss(
-            evaluation.logps, old, targets.advantages, targets.mask, self.eps_low, self.eps_high)
-        value_loss = masked_mean((values - targets.value_targets) ** 2, targets.mask) / 2
+            evaluation.logps, old, targets.advantages, targets.mask,
+            self.eps_low, self.eps_high)
+        value_loss = masked_mean(
+            (values - targets.value_targets) ** 2, targets.mask) / 2
         entropy = masked_mean(evaluation.entropy, targets.mask)
         loss = policy_loss + self.value_coef * value_loss - self.entropy_coef * entropy
         return loss, {
@@ -113,7 +117,8 @@ class PPO:
 
 def _values(rollout: Rollout) -> Tensor:
     if rollout.values is None:
-        raise ValueError("values: expected the critic's values in the rollout, got None")
+        raise ValueError("values: expected the critic's values in the rollout, "
+                         "got None")
     return rollout.values
 
 # %% ../../nbs/library/10a_rl_algorithms.ipynb #05ed40ce
@@ -133,17 +138,18 @@ class BSPO(PPO):
 
     def targets(self, rollout: Rollout) -> Targets:
         if rollout.supported is None:
-            raise ValueError("supported: expected the support of each step in the rollout "
-                             "(a scorer with eps_beta), got None")
+            raise ValueError("supported: expected the support of each step in the "
+                             "rollout (a scorer with eps_beta), got None")
         advantages, value_targets = ops.supported_gae(
             self.rewards(rollout), _values(rollout), rollout.supported, self.v_min,
             self.gamma, self.lam, terminated=rollout.terminated, mask=rollout.mask)
         mask = rollout.mask & until_unsupported(rollout.supported | ~rollout.mask)
-        return Targets(whiten(advantages, mask & rollout.supported), value_targets, mask)
+        return Targets(
+            whiten(advantages, mask & rollout.supported), value_targets, mask)
 
 # %% ../../nbs/library/10a_rl_algorithms.ipynb #ec3c4eaa
 def health(history: list[dict[str, float]]) -> list[str]:  # one sentence a finding
-    "What looks wrong in the figures of the last rounds of a run; empty when nothing does."
+    "What looks wrong in the figures of a run's last rounds; empty when nothing does."
     if not history:
         return []
     now, first = _average(history[-5:]), history[0]
@@ -153,13 +159,15 @@ def health(history: list[dict[str, float]]) -> list[str]:  # one sentence a find
                         "rewards of a batch coincide?")
     if now["entropy"] < 0.05 * first["entropy"]:
         findings.append(f"collapsed entropy: {first['entropy']:.2f} at the start, now "
-                        f"{now['entropy']:.3f}; raise entropy_coef or lower the learning rate")
+                        f"{now['entropy']:.3f}; raise entropy_coef or lower the "
+                        "learning rate")
     if now["clip_ratio/region_mean"] > 0.5:
-        findings.append(f"clipped share {now['clip_ratio/region_mean']:.2f}: most steps have "
-                        "no gradient; lower the learning rate or the number of epochs")
+        findings.append(f"clipped share {now['clip_ratio/region_mean']:.2f}: most "
+                        "steps have no gradient; lower the learning rate or the number "
+                        "of epochs")
     if now.get("supported", 1.0) < 0.5:
-        findings.append(f"support rate {now['supported']:.2f}: most tokens are outside the "
-                        "behaviour data; is eps_beta calibrated for this ScoreLM?")
+        findings.append(f"support rate {now['supported']:.2f}: most tokens are outside "
+                        "the behaviour data; is eps_beta calibrated for this ScoreLM?")
     return findings
 
 

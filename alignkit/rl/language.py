@@ -19,10 +19,11 @@ from .rollout import Rollout
 from ..training import generator
 
 # %% ../../nbs/library/10c_rl_language.ipynb #9159ac00
-def last_token(tokens_mask: Tensor) -> Tensor:  # (B, T) bool, True at each row's last token
+def last_token(tokens_mask: Tensor) -> Tensor:  # (B, T) bool, True at the last token
     "Where a completion ends: its last token that is not padding."
     last = tokens_mask.sum(1, keepdim=True) - 1
-    return torch.arange(tokens_mask.shape[1], device=tokens_mask.device)[None, :] == last
+    columns = torch.arange(tokens_mask.shape[1], device=tokens_mask.device)
+    return columns[None, :] == last
 
 
 @dataclass
@@ -64,8 +65,9 @@ def score_samples(
     "A rollout from finished completions."
     ends = last_token(samples.tokens.completion_mask)
     rollout = Rollout(
-        inputs=samples.tokens, logps=samples.logps, rewards=torch.zeros_like(samples.logps),
-        terminated=ends, truncated=torch.zeros_like(ends), mask=samples.sampled)
+        inputs=samples.tokens, logps=samples.logps,
+        rewards=torch.zeros_like(samples.logps), terminated=ends,
+        truncated=torch.zeros_like(ends), mask=samples.sampled)
     scores = scorer(rollout)
     if scores.rewards.shape != (len(rollout),):
         raise ValueError(f"scorer: expected rewards of shape ({len(rollout)},), "

@@ -36,14 +36,16 @@ class Rollout:
         for name, value in self._tensors():
             expected = shapes.get(name, (B, T))
             if tuple(value.shape) != expected:
-                raise ValueError(f"{name}: expected shape {expected} beside logps ({B}, {T}), "
-                                 f"got {tuple(value.shape)}")
+                raise ValueError(f"{name}: expected shape {expected} beside logps "
+                                 f"({B}, {T}), got {tuple(value.shape)}")
             if value.is_floating_point() and not torch.isfinite(value).all():
-                raise ValueError(f"{name}: expected finite numbers, got NaN or infinity in "
-                                 f"row {int((~torch.isfinite(value)).nonzero()[0, 0])}")
+                raise ValueError(f"{name}: expected finite numbers, got NaN or "
+                                 "infinity in row "
+                                 f"{int((~torch.isfinite(value)).nonzero()[0, 0])}")
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "inputs")
+        named = ((f.name, getattr(self, f.name)) for f in fields(self)
+                 if f.name != "inputs")
         return [(name, value) for name, value in named if value is not None]
 
     def __getitem__(self, rows) -> "Rollout":

@@ -65,9 +65,10 @@ def train(
             rollout.values = critic.values(rollout)
             targets = algorithm.targets(rollout)
         for epoch in range(epochs):
-            order = torch.randperm(len(rollout), generator=generator(seed, "rows", round_, epoch))
+            order = torch.randperm(
+                len(rollout), generator=generator(seed, "rows", round_, epoch))
             for rows in order.chunk(minibatches):
                 yield Batch(rollout[rows], targets[rows])
 
-    return fit(PolicyObjective(policy, critic, algorithm), batches, rounds=rounds, lr=lr,
-               **options)
+    return fit(PolicyObjective(policy, critic, algorithm), batches, rounds=rounds,
+               lr=lr, **options)

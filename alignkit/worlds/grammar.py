@@ -23,7 +23,7 @@ UNSUPPORTED_GOLD = -1.5
 
 @dataclass(frozen=True)
 class TokenGrammar:
-    "An order-1 grammar with a gold reward per bigram (alignkit's world for arXiv:2503.18130)."
+    "An order-1 grammar with gold per bigram (alignkit's world for arXiv:2503.18130)."
 
     seed: int  # everything about the world derives from it
     world: str = "S"  # "S": shared extrapolation; "I": independent errors
@@ -45,7 +45,7 @@ class TokenGrammar:
         return np.random.default_rng(derive_seed(self.seed, "grammar", *purpose))
 
     @cached_property
-    def transitions(self) -> np.ndarray:  # (V, V) probability of the next word; 0 = unsupported
+    def transitions(self) -> np.ndarray:  # (V, V) of the next word; 0 = unsupported
         rng = self._rng("transitions")
         table = np.zeros((self.vocab_size, self.vocab_size))
         for word in range(len(WORDS)):
@@ -72,8 +72,8 @@ class TokenGrammar:
 def _check_ids(world: TokenGrammar, ids: np.ndarray) -> np.ndarray:
     ids = np.asarray(ids)
     if ids.ndim != 2 or ids.shape[1] < 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError("ids: expected integers of shape (B, 1 + T), prompt word first, "
-                         f"got {ids.dtype} {ids.shape}")
+        raise ValueError("ids: expected integers of shape (B, 1 + T), prompt word "
+                         f"first, got {ids.dtype} {ids.shape}")
     if ids.size and not (0 <= ids.min() and ids.max() < world.vocab_size):
         raise ValueError(f"ids: expected 0 to {world.vocab_size - 1}, "
                          f"got {ids.min()} to {ids.max()}")
@@ -114,7 +114,7 @@ def sample_sentences(
     noise: float = 0.0,  # probability that a word is replaced by a uniform one
     prompts: np.ndarray | None = None,  # (n,) first words; drawn uniformly if None
 ) -> np.ndarray:  # (n, 1+T) ids
-    "Sentences of the grammar: a uniform first word, then the grammar's own probabilities."
+    "Sentences: a uniform first word, then the grammar's own probabilities."
     rng = world._rng("sentences", seed)
     ids = np.empty((n, 1 + world.length), dtype=np.int64)
     ids[:, 0] = rng.integers(PAD, size=n) if prompts is None else prompts

@@ -31,7 +31,7 @@ def random_mdp(
     gamma: float = 0.9,
     optimism: float = 0.6,  # mean excess of the proxy on unsupported pairs
 ) -> TabularMDP:
-    "Half of all pairs supported, at least one in each state; gold is −0.5 on the others."
+    "Half of all pairs supported, one or more in each state; gold is −0.5 elsewhere."
     rng = np.random.default_rng(derive_seed(seed, "random_mdp"))
     transitions = rng.dirichlet(np.full(states, 0.2), size=(states, actions))
     supported = rng.random((states, actions)) < 0.5
@@ -40,7 +40,8 @@ def random_mdp(
     excess = rng.normal(optimism, 0.3, (states, actions))
     return TabularMDP(
         transitions, gold=np.where(supported, reward, -0.5),
-        proxy=np.where(supported, reward, reward + excess), supported=supported, gamma=gamma)
+        proxy=np.where(supported, reward, reward + excess), supported=supported,
+        gamma=gamma)
 
 # %% ../../nbs/library/05a_worlds_mdp.ipynb #89705cc6
 def random_tree(
@@ -60,7 +61,8 @@ def random_tree(
     ends = np.arange(states)[:, None] >= inner
     return TabularMDP(
         np.eye(states)[following], gold=np.where(ends, 0.0, noise.gold),
-        proxy=np.where(ends, 0.0, noise.proxy), supported=noise.supported | ends, gamma=gamma)
+        proxy=np.where(ends, 0.0, noise.proxy), supported=noise.supported | ends,
+        gamma=gamma)
 
 # %% ../../nbs/library/05a_worlds_mdp.ipynb #a9650dd7
 def q_values(
@@ -71,4 +73,5 @@ def q_values(
     "Action values of `policy` under `reward`, by one linear solve."
     S, A = reward.shape
     step = np.einsum("sax,xb->saxb", mdp.transitions, policy).reshape(S * A, S * A)
-    return np.linalg.solve(np.eye(S * A) - mdp.gamma * step, reward.ravel()).reshape(S, A)
+    return np.linalg.solve(
+        np.eye(S * A) - mdp.gamma * step, reward.ravel()).reshape(S, A)
