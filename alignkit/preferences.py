@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .models.language import Tokens, completion_logits, encode, label_ids
+from alignkit.models.language import (
+    Tokens,
+    completion_logits,
+    encode,
+    label_ids,
+    row_chunks,
+)
 from .models.scores import ScoreLM
 from .training import fit, linear_decay, shuffled_batches
 
@@ -129,7 +135,8 @@ def fit_scorelm(
 @torch.no_grad()
 def answer_scores(scorelm: ScoreLM, pairs: PreferencePairs) -> Tensor:  # (2N,)
     "The score of every answer, chosen ones first."
-    return scorelm(pairs.answers).scores
+    pieces = row_chunks(pairs.answers, scorelm.lm.config.hidden_size)
+    return torch.cat([scorelm.scores(piece) for piece in pieces])
 
 
 def pair_accuracy(scorelm: ScoreLM, pairs: PreferencePairs) -> float:

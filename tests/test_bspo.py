@@ -40,9 +40,10 @@ def test_a_smoke_run_evaluates_every_claim_and_decides_none(smoke):
 
 def test_the_theorems_hold_on_twenty_processes(smoke):
     _, records = smoke
-    results = evaluate(bspo.tabular_claims(), records)
-    assert {r["verdict"] for r in results} == {"reproduced"}
-    assert {len(r["per_seed"]) for r in results} == {bspo.TABULAR_SEEDS}
+    results = {r["key"]: r for r in evaluate(bspo.tabular_claims(), records)}
+    assert {len(r["per_seed"]) for r in results.values()} == {bspo.TABULAR_SEEDS}
+    assert min(results.pop("9a.gold")["per_seed"]) > 0
+    assert {r["verdict"] for r in results.values()} == {"reproduced"}
 
 
 @pytest.mark.parametrize("name, value", [
@@ -105,8 +106,22 @@ def test_the_peak_is_located_on_one_half_and_measured_on_the_other():
 
 
 def test_rise_before_peak_needs_a_rise():
-    with pytest.raises(ValueError, match="^curves: "):
-        bspo.rise_before_peak({"unsupported": [1.0, 0.9], "gold": [0, 1], "step": [0, 5]})
+    flat = {"unsupported": [1.0, 0.9], "gold": [0, 1], "step": [0, 5]}
+    assert bspo.rise_before_peak(flat) is None
+
+
+def test_wrong_configurations_are_refused_by_name():
+    with pytest.raises(ValueError, match="^evaluation_samples: expected"):
+        replace(bspo.Config.mini(), evaluation_samples=100)
+    with pytest.raises(ValueError, match="^arm: expected"):
+        bspo.language_jobs(bspo.Config.mini(), [0], arms=("ppo=3",))
+
+
+def test_a_slower_operator_would_refute_the_contraction():
+    mdp = bspo.random_mdp(0)
+    assert bspo.contraction_ratio(mdp, 0) == pytest.approx(mdp.gamma, abs=1e-12)
+    wide = replace(mdp, gamma=0.95)
+    assert bspo.contraction_ratio(wide, 0) > mdp.gamma + 1e-3
 
 
 CHILD = """

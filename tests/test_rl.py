@@ -148,7 +148,7 @@ def test_missing_columns_are_refused_by_name():
     rollout = random_rollout()
     rollout.supported = None
     with pytest.raises(ValueError, match="^supported: expected"):
-        BSPO().targets(rollout)
+        BSPO(v_min=-9).targets(rollout)
 
 
 def test_masked_mean_ignores_nan_outside_the_mask():
@@ -168,21 +168,28 @@ def test_health_speaks_up_and_stays_silent():
 
 
 def finished_samples():
-    ids = torch.tensor([[1, 2, 3, 16], [4, 5, 6, 7]])
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    ids = torch.tensor([[1, 2, 3, 16], [4, 5, 6, 7], [4, 5, 6, 7]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]).bool()
     sampled = mask[:, 1:].clone()
-    sampled[1, 0] = False  # written by somebody else
-    return Samples(Tokens(ids, mask, 1), torch.zeros(2, 3), sampled, mask[:, 3].logical_not())
+    sampled[1, 0] = sampled[2, 2] = False  # written by somebody else
+    return Samples(Tokens(ids, mask, 1), torch.zeros(3, 3), sampled, mask[:, 3].logical_not())
 
 
-def test_the_score_arrives_at_the_last_real_token():
-    rollout = score_samples(finished_samples(), lambda r: Scores(torch.tensor([5.0, 7.0])))
-    assert rollout.rewards.tolist() == [[0, 5, 0], [0, 0, 7]]
-    assert rollout.terminated.tolist() == [[False, True, False], [False, False, True]]
-    assert rollout.mask.tolist() == [[True, True, False], [False, True, True]]
+def test_the_score_arrives_at_the_last_token_that_the_policy_chose():
+    rollout = score_samples(finished_samples(), lambda r: Scores(torch.tensor([5.0, 7.0, 9.0])))
+    assert rollout.rewards.tolist() == [[0, 5, 0], [0, 0, 7], [0, 9, 0]]
+    assert torch.equal(rollout.terminated, rollout.rewards > 0)
+    assert (rollout.mask & rollout.terminated).any(1).all()
 
 
-@pytest.mark.parametrize("rewards", [torch.zeros(3), torch.tensor([1.0, float("nan")])])
+def test_a_row_without_a_sampled_token_is_refused():
+    samples = finished_samples()
+    samples.sampled[1] = False
+    with pytest.raises(ValueError, match="^sampled: expected .* row 1"):
+        score_samples(samples, lambda r: Scores(torch.zeros(3)))
+
+
+@pytest.mark.parametrize("rewards", [torch.zeros(2), torch.tensor([1.0, 0.0, float("nan")])])
 def test_a_scorer_that_returns_nonsense_is_named(rewards):
     with pytest.raises(ValueError, match="^scorer: expected"):
         score_samples(finished_samples(), lambda r: Scores(rewards))

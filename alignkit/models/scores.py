@@ -18,7 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import ops
-from .language import Tokens, label_ids, model_inputs, tiny_causal_lm
+from alignkit.models.language import (
+    Tokens,
+    label_ids,
+    model_inputs,
+    row_chunks,
+    tiny_causal_lm,
+)
 from ..runs import require
 
 # %% ../../nbs/library/06a_models_scores.ipynb #a2a35d67
@@ -43,13 +49,22 @@ class ScoreLM(nn.Module):
         nn.init.zeros_(self.score_head.weight)
         self.register_buffer("centre", torch.zeros(()))
 
-    def forward(self, tokens: Tokens) -> Scored:
-        hidden = self.lm.base_model(**model_inputs(tokens)).last_hidden_state
-        P = tokens.prompt_length
-        logits = self.lm.get_output_embeddings()(hidden[:, P - 1 : -1])
-        last = P + tokens.completion_mask.sum(1) - 1
+    def _hidden(self, tokens: Tokens) -> Tensor:  # (B, P+T, D)
+        return self.lm.base_model(**model_inputs(tokens)).last_hidden_state
+
+    def _scores(self, hidden: Tensor, tokens: Tokens) -> Tensor:  # (B,)
+        last = tokens.prompt_length + tokens.completion_mask.sum(1) - 1
         state = hidden[torch.arange(len(tokens), device=hidden.device), last]
-        return Scored(self.score_head(state.float())[:, 0] - self.centre, logits)
+        return self.score_head(state.float())[:, 0] - self.centre
+
+    def scores(self, tokens: Tokens) -> Tensor:  # (B,)
+        "The scores alone: no logits are formed."
+        return self._scores(self._hidden(tokens), tokens)
+
+    def forward(self, tokens: Tokens) -> Scored:
+        hidden = self._hidden(tokens)
+        logits = self.lm.get_output_embeddings()(hidden[:, tokens.prompt_length - 1 : -1])
+        return Scored(self._scores(hidden, tokens), logits)
 
     def save_pretrained(self, folder: str | Path):
         "The LM in transformers' layout, the score head in `score_head.safetensors`."
@@ -82,9 +97,12 @@ def tiny_scorelm(tokenizer, seed: int, **sizes) -> ScoreLM:
 @torch.no_grad()
 def behaviour_logps(scorelm: ScoreLM, tokens: Tokens) -> Tensor:  # (B, T), 0 at padding
     "Log-probability of each completion token under the ScoreLM's LM head."
-    logits = scorelm(tokens).logits
-    found = ops.token_logps(logits.flatten(0, 1), label_ids(tokens).flatten())
-    return found.logps.view(tokens.completion_ids.shape)
+    found = []
+    for piece in row_chunks(tokens, scorelm.lm.config.vocab_size):
+        logits, ids = scorelm(piece).logits, label_ids(piece)
+        logps = ops.token_logps(logits.flatten(0, 1), ids.flatten()).logps
+        found.append(logps.view(ids.shape))
+    return torch.cat(found)
 
 
 def calibrate_eps_beta(
@@ -117,9 +135,9 @@ class ScoreLMScorer:
     @torch.no_grad()
     def __call__(self, rollout) -> Scores:
         tokens: Tokens = rollout.inputs
-        scored = self.scorelm(tokens)
         if self.eps_beta is None:
-            return Scores(scored.scores)
+            return Scores(self.scorelm.scores(tokens))
+        scored = self.scorelm(tokens)
         found = ops.token_logps(scored.logits.flatten(0, 1),
                                 label_ids(tokens).flatten(), eps_beta=self.eps_beta)
         assert found.supported is not None  # eps_beta was given
@@ -138,7 +156,7 @@ class ScoreEnsemble(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, tokens: Tokens) -> Tensor:  # (M, B) score of every member
-        return torch.stack([member(tokens).scores for member in self.members])
+        return torch.stack([member.scores(tokens) for member in self.members])
 
     def save_pretrained(self, folder: str | Path):
         "Each member in `folder/0`, `folder/1`, …"

@@ -6,7 +6,7 @@
 __all__ = ['Policy', 'Critic', 'Targets', 'Batch', 'clipped_policy_loss', 'PPO', 'until_unsupported', 'BSPO', 'health']
 
 # %% ../../nbs/library/10a_rl_algorithms.ipynb #2ef4198b
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -134,7 +134,7 @@ def until_unsupported(
 class BSPO(PPO):
     "Behaviour-supported policy optimisation (arXiv:2503.18130, eq. 7 and 8)."
 
-    v_min: float = -15.0  # value of the state that an unsupported token leads to
+    v_min: float = field(kw_only=True)  # value of the state an unsupported token leads to
 
     def targets(self, rollout: Rollout) -> Targets:
         if rollout.supported is None:
