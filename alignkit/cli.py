@@ -132,12 +132,13 @@ def check_folder(
     scale: str,
 ) -> None:
     "`CommandError` (2) where the file holds one of these claims at another scale."
-    keys = {claim.key for claim in chosen}
+    scales = {claim.key: "smoke" if scale == "smoke" else claim.scale for claim in chosen}
     held = claims.load_results(path)["claims"] if path.exists() else []
     for claim in held:
-        if claim["key"] in keys and claim["scale"] != scale:
+        wanted = scales.get(claim["key"], claim["scale"])
+        if claim["scale"] != wanted:
             raise CommandError(f"--out: {path} holds {claim['key']} at {claim['scale']} scale, "
-                               f"not {scale}; name another folder", 2)
+                               f"not {wanted}; name another folder", 2)
 
 # %% ../nbs/library/13_cli.ipynb #9fa6fad6
 def execute(

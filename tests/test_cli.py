@@ -21,7 +21,7 @@ TOY = '''
 import os, time
 from dataclasses import asdict, dataclass
 from alignkit import runs
-from alignkit.claims import Claim, Greater, Reported
+from alignkit.claims import Claim, Greater, NotTested, Reported
 
 @dataclass(frozen=True)
 class Config:
@@ -60,6 +60,7 @@ def claims():
         Claim("Z.1-gain", "better is better", "2 against 0", "table 1", "mini",
               ("plain", "better"), gain, Greater()),
         Claim("Z.2", "plain is plain", "0", "table 2", "mini", ("plain",), level, Reported()),
+        Claim("Z.3", "on a real model", "", "the list", "small", (), None, NotTested("later")),
     ]
 
 def plots(): return []
@@ -178,7 +179,8 @@ def test_run_prints_claims_and_the_page(folder):
     page = Path(folder, "runs/bspo/mini/report.html")
     assert page.exists() and str(page.relative_to(folder)) in out.splitlines()[-1]
     results = json.loads(Path(folder, "runs/bspo/mini/bspo.json").read_text())
-    gain, level = results["claims"]
+    gain, level, later = results["claims"]
+    assert (later["scale"], later["verdict"]) == ("small", "not tested")
     assert results["seeds"] == gain["seeds"] == list(range(100, 110))
     assert gain["verdict"] == "reproduced" and level["verdict"] == "reported"
     assert gain["value"] == pytest.approx(2) and gain["p"] == 1 / 1024
@@ -211,7 +213,7 @@ def test_only_runs_the_arms_its_claims_need(folder):
     assert [c["key"] for c in json.loads(Path(folder, "here/bspo.json").read_text())["claims"]] == ["Z.2"]
     assert call(folder, *run, "--only", "Z.1")[0] == 0  # stands for Z.1-gain
     assert len(json.loads(Path(folder, "here/bspo.json").read_text())["claims"]) == 2
-    status, _, err = call(folder, *run, "--only", "Z.3")
+    status, _, err = call(folder, *run, "--only", "Z.9")
     assert status == 2 and "Z.1-gain" in err
 
 
