@@ -206,7 +206,7 @@ def heading(results:Mapping[str, Any])->str:
     "What ran, where and how long: one line."
     paper, seeds = results["paper"], span(results["seeds"])
     what = f"{paper} at {results['scale']} scale, seeds {seeds}"
-    minutes = f"{results['seconds'] / 60:.1f} minutes on {machine(results)}"
+    minutes = f"latest run {results['seconds'] / 60:.1f} minutes on {machine(results)}"
     return f"{what}: {minutes}, commit {results['commit']}"
 
 def machine(results:Mapping[str, Any])->str:
@@ -659,7 +659,7 @@ def _facts(results:Mapping[str, Any])->list[tuple[str, str]]:
     versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items())
     return [
         ("scale", results["scale"]), ("seeds", span(results["seeds"])),
-        ("minutes", f"{results['seconds'] / 60:.1f}"), ("machine", machine(results)),
+        ("latest run, minutes", f"{results['seconds'] / 60:.1f}"), ("machine", machine(results)),
         ("commit", results["commit"]), ("versions", versions),
         ("verdicts", summary(results["claims"])),
     ]

@@ -265,7 +265,7 @@ def test_page_loads_nothing_and_runs_nothing(tmp_path):
 
 def test_page_says_what_ran_where(tmp_path):
     seen = " ".join(" ".join(Parsed(page(tmp_path, results(entry()))).texts).split())
-    for text in ("a laptop, 2 cores", "abc1234", "100–102", "minutes 1.5", "python 3.11",
+    for text in ("a laptop, 2 cores", "abc1234", "100–102", "latest run, minutes 1.5", "python 3.11",
                  "1 reproduced", "figure 4", "above 0", "[2.00, 4.00]"):
         assert text in seen, text
 
