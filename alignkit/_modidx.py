@@ -731,6 +731,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'alignkit.worlds.grammar.unsupported': ( 'library/worlds_grammar.html#unsupported',
                                                                                   'alignkit/worlds/grammar.py')},
             'alignkit.worlds.mdp': { 'alignkit.worlds.mdp.TabularMDP': ('library/worlds_mdp.html#tabularmdp', 'alignkit/worlds/mdp.py'),
+                                     'alignkit.worlds.mdp.pair_transitions': ( 'library/worlds_mdp.html#pair_transitions',
+                                                                               'alignkit/worlds/mdp.py'),
                                      'alignkit.worlds.mdp.q_values': ('library/worlds_mdp.html#q_values', 'alignkit/worlds/mdp.py'),
                                      'alignkit.worlds.mdp.random_mdp': ('library/worlds_mdp.html#random_mdp', 'alignkit/worlds/mdp.py'),
                                      'alignkit.worlds.mdp.random_tree': ('library/worlds_mdp.html#random_tree', 'alignkit/worlds/mdp.py')}}}

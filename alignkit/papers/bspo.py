@@ -78,7 +78,13 @@ from alignkit.worlds.grammar import (
     to_text,
     unsupported,
 )
-from ..worlds.mdp import TabularMDP, q_values, random_mdp, random_tree
+from alignkit.worlds.mdp import (
+    TabularMDP,
+    pair_transitions,
+    q_values,
+    random_mdp,
+    random_tree,
+)
 
 # %% ../../nbs/papers/01_bspo.ipynb #a761555a
 def policy_values(mdp: TabularMDP, policy: np.ndarray, reward: np.ndarray) -> float:
@@ -123,12 +129,11 @@ def contraction_ratio(mdp: TabularMDP, seed: int, pairs: int = 20) -> float:
 # %% ../../nbs/papers/01_bspo.ipynb #2b134bb9
 def supported_q_values(mdp: TabularMDP, policy: np.ndarray) -> np.ndarray:  # (S, A)
     "The fixed point of `supported_backup`, by one linear solve (Theorem 2)."
-    S, A = mdp.proxy.shape
-    step = np.einsum("sax,xb->saxb", mdp.transitions, policy).reshape(S * A, S * A)
     inside = mdp.supported.ravel()
-    system = np.eye(S * A) - mdp.gamma * step * inside[:, None]
+    step = pair_transitions(mdp, policy) * inside[:, None]
     right = np.where(inside, mdp.proxy.ravel(), minimum_return(mdp))
-    return np.linalg.solve(system, right).reshape(S, A)
+    q = np.linalg.solve(np.eye(inside.size) - mdp.gamma * step, right)
+    return q.reshape(mdp.proxy.shape)
 
 # %% ../../nbs/papers/01_bspo.ipynb #58833d47
 def supported_policy_iteration(mdp: TabularMDP, steps: int = 50) -> list[np.ndarray]:
