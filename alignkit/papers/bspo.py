@@ -278,7 +278,7 @@ class Config:
 
 ARXIV = "2503.18130"
 BURNT_SEEDS = range(10)  # used to choose the regime: never reported
-CONFIRMATION_SEEDS = range(110, 120)  # first run after everything was fixed
+CONFIRMATION_SEEDS = range(110, 120)  # not seen when the configuration was fixed
 TABULAR_SEEDS = 20
 
 # %% ../../nbs/papers/01_bspo.ipynb #41f54b9a
