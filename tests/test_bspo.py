@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from alignkit import runs
+from alignkit import report, runs
 from alignkit.claims import evaluate
 from alignkit.papers import bspo
 from alignkit.worlds.grammar import TokenGrammar, unsupported
@@ -87,6 +87,15 @@ def test_a_job_depends_on_its_own_numbers_only():
     assert {name for name in base if base[name] != tuned[name]} == {"train_policy-ppo_kl-0"}
     wider = {j.name: j.key for j in bspo.language_jobs(replace(bspo.Config.mini(), width=64), [0])}
     assert all(base[name] != wider[name] for name in base)
+
+
+@pytest.mark.parametrize("folder, wanted", [
+    ("", lambda: bspo.jobs(bspo.Config.mini(), range(100, 110))),
+    ("confirmation", lambda: bspo.jobs(bspo.Config.mini(), bspo.CONFIRMATION_SEEDS)),
+    ("regime", bspo.regime_jobs)])
+def test_committed_records_are_those_of_the_current_stages(folder, wanted):
+    records = runs.load_records(report.results_folder() / folder, "bspo")
+    assert {job.key for job in wanted()} <= {record.key for record in records}
 
 
 def test_one_field_of_an_arm_can_be_swept():
