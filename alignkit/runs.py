@@ -95,10 +95,11 @@ def derive_seed(
 # %% ../nbs/library/02a_runs.ipynb #9ee984f8
 @dataclass(frozen=True)
 class Result:
-    "What a stage returns; every number is finite."
+    "What a stage returns: finite numbers, and texts for people to read."
     scalars: Mapping[str, float] = field(default_factory=dict) # name: figure
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict) # name: numbers
     counts: Mapping[str, int] = field(default_factory=dict) # name: how many
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict) # name: what was written
 
     def __post_init__(self) -> None:
         scalars = {n: float(_number(x, f"scalars[{n!r}]")) for n, x in self.scalars.items()}
@@ -107,8 +108,16 @@ class Result:
             for name, curve in self.curves.items()
         }
         counts = {name: _count(x, f"counts[{name!r}]") for name, x in self.counts.items()}
-        for name, value in (("scalars", scalars), ("curves", curves), ("counts", counts)):
+        texts = {name: [_text(x, f"texts[{name!r}][{i}]") for i, x in enumerate(lines)]
+                 for name, lines in self.texts.items()}
+        for name, value in (("scalars", scalars), ("curves", curves), ("counts", counts),
+                            ("texts", texts)):
             object.__setattr__(self, name, value)
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{where}: expected a string, got {value!r}")
+    return value
 
 def _count(value: Any, where: str) -> int:
     if not isinstance(value, numbers.Integral):
@@ -219,6 +228,7 @@ class Record:
     commit: str    # of the code, "-dirty" where it was changed; or the package's version
     machine: dict[str, Any]
     versions: dict[str, str]
+    texts: dict[str, list[str]] = field(default_factory=dict) # older records have none
 
     def to_json(self) -> bytes:
         "One line."

@@ -24,7 +24,8 @@ from alignkit.runs import Job, Result, Work, stage
 def base(work: Work) -> Result:
     (work.folder / "artefact").write_text(f"made for {work.seed}")
     work.progress(1, 1, loss=0.5)
-    return Result(scalars={"seed": work.seed}, curves={"loss": [0.5]}, counts={"n": 1})
+    return Result(scalars={"seed": work.seed}, curves={"loss": [0.5]}, counts={"n": 1},
+                  texts={"said": ["line\n", "é\u2028"]})
 
 
 @stage()
@@ -107,7 +108,9 @@ def test_a_run_and_its_continuation(tmp_path, processes, capsys):
     merged = (tmp_path / "toy.records.jsonl.gz").read_bytes()
     assert runs.run(jobs, tmp_path, processes) == records
     assert (tmp_path / "toy.records.jsonl.gz").read_bytes() == merged
-    assert len(runs.load_records(tmp_path, "toy")) == 10
+    loaded = runs.load_records(tmp_path, "toy")
+    assert len(loaded) == 10
+    assert [r.texts["said"] for r in loaded if r.stage == "base"] == [["line\n", "é\u2028"]] * 2
     out = capsys.readouterr().out
     assert "10 jobs, 10 to do" in out and "10 jobs, 0 to do" in out
     assert set(map(ord, out)) & set(range(32)) == {10}

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Tokens', 'row_chunks', 'encode_prompts', 'encode', 'model_inputs', 'label_ids', 'tiny_config', 'from_seed',
-           'tiny_causal_lm', 'quiet_transformers', 'Evaluation', 'without_last_token', 'completion_logits',
-           'LanguagePolicy', 'LanguageCritic', 'tiny_critic']
+           'tiny_causal_lm', 'quiet_transformers', 'Evaluation', 'completion_logits', 'LanguagePolicy',
+           'LanguageCritic', 'tiny_critic']
 
 # %% ../../nbs/library/06_models_language.ipynb #ae64cdb9
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +30,7 @@ class Tokens:
     input_ids: Tensor  # (B, P+T) int64
     attention_mask: Tensor  # (B, P+T) bool, False at padding
     prompt_length: int  # P, at least 1
+    trunk: Tensor | None = None  # (B, P+T, D) what a split model's upper part reads
 
     def __post_init__(self):
         if (self.input_ids.shape != self.attention_mask.shape
@@ -40,6 +41,9 @@ class Tokens:
         if not 1 <= self.prompt_length <= self.input_ids.shape[1]:
             raise ValueError(f"prompt_length: expected 1 to {self.input_ids.shape[1]}, "
                              f"got {self.prompt_length}")
+        if self.trunk is not None and self.trunk.shape[:2] != self.input_ids.shape:
+            raise ValueError(f"trunk: expected shape {(*self.input_ids.shape, 'D')}, "
+                             f"got {tuple(self.trunk.shape)}")
 
     @property
     def prompt_ids(self) -> Tensor:  # (B, P)
@@ -57,16 +61,23 @@ class Tokens:
     def left_padded(self) -> bool:
         return not bool(self.attention_mask[:, 0].all())
 
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
+        trunk = None if self.trunk is None else change(self.trunk)
+        return replace(self, input_ids=change(self.input_ids),
+                       attention_mask=change(self.attention_mask), trunk=trunk)
+
     def __getitem__(self, rows) -> "Tokens":
-        return replace(self, input_ids=self.input_ids[rows],
-                       attention_mask=self.attention_mask[rows])
+        return self._map(lambda tensor: tensor[rows])
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def to(self, device) -> "Tokens":
-        return replace(self, input_ids=self.input_ids.to(device),
-                       attention_mask=self.attention_mask.to(device))
+        return self._map(lambda tensor: tensor.to(device))
+
+    def without_last(self) -> "Tokens":
+        "All that a causal model has to read to predict the last token."
+        return self._map(lambda tensor: tensor[:, :-1])
 
 # %% ../../nbs/library/06_models_language.ipynb #cf909a78
 def row_chunks(
@@ -134,11 +145,13 @@ def encode(
 # %% ../../nbs/library/06_models_language.ipynb #6c67037b
 def model_inputs(tokens: Tokens) -> dict:
     "Keyword arguments for a transformers causal model."
-    if not tokens.left_padded:
-        return {"input_ids": tokens.input_ids, "use_cache": False}
-    positions = (tokens.attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": tokens.input_ids, "use_cache": False,
-            "position_ids": positions, "attention_mask": tokens.attention_mask.long()}
+    read: dict[str, Any] = ({"input_ids": tokens.input_ids} if tokens.trunk is None
+                            else {"inputs_embeds": tokens.trunk})
+    if tokens.left_padded:
+        positions = (tokens.attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        read |= {"position_ids": positions,
+                 "attention_mask": tokens.attention_mask.long()}
+    return read | {"use_cache": False}
 
 
 def label_ids(tokens: Tokens) -> Tensor:  # (B, T) completion ids, -100 at padding
@@ -192,15 +205,9 @@ class Evaluation:
     entropy: Tensor  # (B, T) entropy of each choice in nats, 0 at padding
 
 
-def without_last_token(tokens: Tokens) -> Tokens:
-    "All that a causal model has to read to predict the last token."
-    return replace(tokens, input_ids=tokens.input_ids[:, :-1],
-                   attention_mask=tokens.attention_mask[:, :-1])
-
-
 def completion_logits(lm, tokens: Tokens) -> Tensor:  # (B, T, V)
     "Logits that predict each completion token: those of the position before it."
-    inputs = model_inputs(without_last_token(tokens))
+    inputs = model_inputs(tokens.without_last())
     hidden = lm.base_model(**inputs).last_hidden_state
     return lm.get_output_embeddings()(hidden[:, tokens.prompt_length - 1 :])
 
