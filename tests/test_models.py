@@ -6,7 +6,13 @@ import pytest
 import torch
 import transformers
 
-from alignkit.models.language import LanguageCritic, LanguagePolicy, Tokens, quiet_transformers
+from alignkit.models.language import (
+    LanguageCritic,
+    LanguagePolicy,
+    Tokens,
+    completion_hidden,
+    quiet_transformers,
+)
 from alignkit.models.scores import (
     ScoreEnsemble,
     ScoreLM,
@@ -93,7 +99,8 @@ def test_an_ensemble_of_one_has_no_variance_and_is_refused(folder):
 def test_support_is_strictly_above_the_threshold(folder):
     scorelm, tokens = ScoreLM.from_pretrained(folder), padded_tokens()
     rollout = SimpleNamespace(inputs=tokens)
-    logits = scorelm(tokens).logits.detach()
+    hidden = completion_hidden(scorelm.lm, tokens)
+    logits = scorelm.lm.get_output_embeddings()(hidden).detach()
     beta = logits.softmax(-1).gather(2, tokens.completion_ids[..., None])[..., 0]
     found = ScoreLMScorer(scorelm, eps_beta=float(beta.median()))(rollout).supported
     real = tokens.completion_mask

@@ -14,8 +14,11 @@ from ops_cases import (
     poisoned,
     require,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignkit import ops
+from alignkit.ops import logprobs
+from alignkit.ops.logprobs import IGNORE
 
 SIZES = [(0, 5), (1, 1), (3, 1), (2, 2), (3, 15), (3, 16), (3, 17), (5, 31), (5, 33), (3, 1023),
          (3, 1024), (3, 1025), (2, 5000)]  # fmt: skip
@@ -255,3 +258,84 @@ def test_bad_input_is_refused_by_name(message):
     x = {"logits": torch.zeros(2, 4), "ids": torch.zeros(2).long()} | BAD[message]
     with pytest.raises((TypeError, ValueError), match=message):
         ops.token_logps(**x)
+
+
+# ---- from hidden states ----------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    "Remembers the largest tensor that anything produced."
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def linear_case(N=50, D=6, V=40, dtype=torch.float64):
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, D, dtype=dtype, requires_grad=True) for n in (N, V))
+    bias = torch.randn(V, dtype=dtype, requires_grad=True)
+    ids = torch.randint(V, (N,))
+    ids[::7] = IGNORE
+    return hidden, weight, bias, ids
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50, 1000])
+def test_in_chunks_it_is_the_operator_on_the_logits(monkeypatch, rows):
+    monkeypatch.setattr(logprobs, "CHUNK", 40 * rows)
+    hidden, weight, bias, ids = linear_case()
+    options = {"bias": bias, "temperature": 0.7, "eps_beta": 0.02}
+    grad = torch.randn(2, 50, dtype=torch.float64)
+    results = []
+    for f in (ops.linear_token_logps, ops.linear_token_logps_reference):
+        found = f(hidden, weight, ids, **options)
+        loss = (grad * torch.stack([found.logps, found.entropy])).sum()
+        results.append([*found, *torch.autograd.grad(loss, (hidden, weight, bias))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-10)
+    assert results[0][2][::7].all() and not results[0][2].all()
+
+
+def test_float32_is_as_exact_as_torch_and_frozen_weights_get_no_gradient():
+    hidden, weight, _, ids = linear_case(V=5000, D=64, dtype=torch.float32)
+    exact = ops.linear_token_logps_reference(hidden.double(), weight.double(), ids)
+    weight.requires_grad_(False)
+    found = ops.linear_token_logps(hidden, weight, ids)
+    plain = torch.log_softmax(hidden @ weight.T, -1).gather(
+        1, ids.clamp(min=0)[:, None])[:, 0].where(ids != IGNORE, 0)
+    ours, theirs = ((x.double() - exact.logps).abs().max() for x in (found.logps, plain))
+    assert ours <= 2 * theirs
+    found.logps.sum().backward()
+    assert weight.grad is None and hidden.grad[1].any() and not hidden.grad[0].any()
+
+
+def test_the_logits_never_exist_at_once(monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK", 8 * 4000)
+    hidden, weight, _, ids = linear_case(N=512, V=4000, dtype=torch.float32)
+    with Largest() as seen:
+        found = ops.linear_token_logps(hidden, weight.detach(), ids)
+        (found.logps.sum() + found.entropy.sum()).backward()
+    assert 4000 <= seen.numel <= max(8 * 4000, weight.numel())
+
+
+def test_nothing_chosen_anywhere():
+    hidden, weight, _, ids = linear_case(dtype=torch.float32)
+    found = ops.linear_token_logps(hidden, weight, ids.fill_(IGNORE), eps_beta=0.1)
+    assert not found.logps.any() and not found.entropy.any() and found.supported.all()
+
+
+@pytest.mark.parametrize("change, name", [
+    ({"hidden": torch.randn(50)}, "hidden"), ({"weight": torch.randn(40, 5)}, "weight"),
+    ({"weight": torch.randn(40, 6).bfloat16()}, "weight"), ({"bias": torch.randn(6)}, "bias"),
+    ({"ids": torch.zeros(49).long()}, "ids"), ({"ids": torch.full((50,), 40)}, "ids"),
+    ({"temperature": 0.0}, "temperature"), ({"eps_beta": 1.0}, "eps_beta")])
+def test_out_of_contract_hidden_states_are_refused_by_name(change, name):
+    hidden, weight, bias, ids = linear_case(dtype=torch.float32)
+    arguments = {"hidden": hidden, "weight": weight, "ids": ids, "bias": bias} | change
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+        ops.linear_token_logps(**arguments)

@@ -8,6 +8,7 @@ __all__ = ['draw', 'Samples', 'sample']
 # %% ../../nbs/library/07_generate_local.ipynb #4502d2db
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +31,79 @@ def draw(
     return ids[:, 0], logps.gather(1, ids)[:, 0]
 
 # %% ../../nbs/library/07_generate_local.ipynb #6a88a353
+def _roomy_cache(config, length: int):  # a transformers cache for that many tokens
+    "A `DynamicCache` whose full-attention layers are allocated once."
+    cache_utils: Any = require("transformers", "llm").cache_utils
+
+    class Roomy(cache_utils.DynamicLayer):
+        def lazy_initialization(self, key_states, value_states):
+            self.room = [states.new_zeros((*states.shape[:2], length, states.shape[3]))
+                         for states in (key_states, value_states)]
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.filled, self.is_initialized = 0, True
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            start, self.filled = self.filled, self.filled + key_states.shape[2]
+            for room, new in zip(self.room, (key_states, value_states), strict=True):
+                room[:, :, start : self.filled] = new
+            return self._show()
+
+        def _show(self):
+            self.keys, self.values = (room[:, :, : self.filled] for room in self.room)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices):
+            self.room = [room[indices] for room in self.room]
+            self._show()
+
+    cache = cache_utils.DynamicCache(config=config)
+    cache.layers = [Roomy() if type(layer) is cache_utils.DynamicLayer else layer
+                    for layer in cache.layers]
+    return cache
+
+# %% ../../nbs/library/07_generate_local.ipynb #b1a19fe6
+class _Decoder:
+    "Reads a growing batch through the trunk, if there is one, and the model's layers."
+
+    def __init__(self, lm, trunk, attention_mask: Tensor, room: int):
+        self.lm, self.trunk, self.mask = lm, trunk, attention_mask.long()
+        self.padded = not bool(attention_mask.all())
+        self.bodies = [lm.base_model] if trunk is None else [trunk, lm.base_model]
+        self.caches = [_roomy_cache(body.config, room) for body in self.bodies]
+
+    def _run(self, i: int, **read: Tensor) -> Tensor:  # (B, n, D)
+        n = next(iter(read.values())).shape[1]
+        options: dict[str, Any] = {}
+        if self.padded:
+            positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -n:]
+            options = {"attention_mask": self.mask, "position_ids": positions}
+        return self.bodies[i](past_key_values=self.caches[i], use_cache=True, **read,
+                              **options).last_hidden_state
+
+    def read(self, new_ids: Tensor) -> Tensor:  # (B, n) -> (B, n, D), or the ids
+        "The trunk's states of unseen tokens; without a trunk, the tokens themselves."
+        return new_ids if self.trunk is None else self._run(0, input_ids=new_ids)
+
+    def logits(self, read: Tensor) -> Tensor:  # what `read` gave -> (B, V)
+        "Next-token logits; the next token is expected to be real."
+        name = "input_ids" if self.trunk is None else "inputs_embeds"
+        hidden = self._run(len(self.bodies) - 1, **{name: read})[:, -1]
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        return self.lm.get_output_embeddings()(hidden)
+
+    def select(self, rows: Tensor):  # row numbers, repeated or left out
+        self.mask = self.mask[rows]
+        for cache in self.caches:
+            cache.batch_select_indices(rows)
+
+# %% ../../nbs/library/07_generate_local.ipynb #5529e9e5
 @dataclass
 class Samples:
     "Completions with what reinforcement learning needs to know of them."
 
-    tokens: Tokens  # prompts and completions
+    tokens: Tokens  # prompts and completions, with trunk states if there is a trunk
     logps: Tensor  # (B, T) at the sampling temperature, 0 at padding
     sampled: Tensor  # (B, T) bool, the policy chose this token
     terminated: Tensor  # (B,) bool, ended by `eos_token_id`; else cut by the length
@@ -53,29 +122,78 @@ def _check_prompts(prompt_ids: Tensor, attention_mask: Tensor):
                          f"{int((~attention_mask[:, -1].bool()).sum())} rows "
                          "end in padding")
 
-# %% ../../nbs/library/07_generate_local.ipynb #b1a19fe6
-class _Decoder:
-    "Next-token logits of a growing batch, with the keys and values of the past kept."
+# %% ../../nbs/library/07_generate_local.ipynb #664edd66
+class _Text:
+    "What has been written so far, row by row; finished rows stay as they are."
 
-    def __init__(self, lm, attention_mask: Tensor):
-        self.lm, self.mask = lm, attention_mask.long()
-        self.padded = not bool(attention_mask.all())
-        self.cache = require("transformers", "llm").DynamicCache(config=lm.config)
+    def __init__(self, prompt_ids: Tensor, length: int, pad_token_id: int):
+        B, device = len(prompt_ids), prompt_ids.device
+        self.prompt_ids = prompt_ids
+        self.ids = torch.full((B, length), pad_token_id, device=device)
+        self.logps = torch.zeros((B, length), device=device)
+        self.sampled = torch.zeros((B, length), dtype=torch.bool, device=device)
+        self.real = torch.zeros_like(self.sampled)
+        self.running = torch.ones(B, dtype=torch.bool, device=device)
 
-    def __call__(self, new_ids: Tensor) -> Tensor:  # (B, n) unseen tokens -> (B, V)
-        options = {}
-        if self.padded:
-            positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -new_ids.shape[1] :]
-            options = {"attention_mask": self.mask, "position_ids": positions}
-        hidden = self.lm.base_model(input_ids=new_ids, past_key_values=self.cache,
-                                    use_cache=True, **options).last_hidden_state
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        return self.lm.get_output_embeddings()(hidden[:, -1])
+    def so_far(self, t: int) -> Tensor:  # (B, P+t)
+        return torch.cat([self.prompt_ids, self.ids[:, :t]], 1)
 
-# %% ../../nbs/library/07_generate_local.ipynb #5529e9e5
+    def add(self, t: int, rows: Tensor, token, logp, sampled, eos_token_id: int | None):
+        "One token for those of `rows` that are still running."
+        going = self.running[rows]
+        rows = rows[going]
+        self.ids[rows, t], self.logps[rows, t] = token[going], logp[going]
+        self.sampled[rows, t], self.real[rows, t] = sampled[going], True
+        if eos_token_id is not None:
+            self.running[rows] = token[going] != eos_token_id
+
+# %% ../../nbs/library/07_generate_local.ipynb #5f6e0d97
+def _restrict(logits: Tensor, allowed: Tensor, rows: Tensor) -> Tensor:  # (B, V)
+    if allowed.shape != logits.shape or allowed.dtype != torch.bool:
+        raise ValueError(f"allowed: expected bool of shape {tuple(logits.shape)}, got "
+                         f"{allowed.dtype} of {tuple(allowed.shape)}")
+    if not allowed.any(1).all():
+        row = int(rows[(~allowed.any(1)).nonzero()[0, 0]])
+        raise ValueError(f"allowed: expected at least one token, got none in row {row}")
+    return logits.masked_fill(~allowed, -torch.inf)
+
+
+def _written(ids: Tensor, text: _Text, rows: Tensor) -> Tensor:  # of these rows
+    if ids.shape != text.running.shape:
+        raise ValueError(f"writer: expected ids of shape {tuple(text.running.shape)}, "
+                         f"got {tuple(ids.shape)}")
+    return ids[rows]
+
+
+def _choose(logits, uniforms, temperature, text: _Text, rows, t, writer, allowed):
+    "Ids, log-probabilities, and whether the policy chose them: the next token of `rows`."
+    if allowed is not None:
+        logits = _restrict(logits, allowed(text.so_far(t)[rows]), rows)
+    token, logp = draw(logits, uniforms[rows], temperature)
+    if writer is None:
+        return token, logp, torch.ones_like(rows, dtype=torch.bool)
+    written = _written(writer(text.ids[:, :t]), text, rows)
+    forced = written >= 0
+    token = torch.where(forced, written, token)
+    logps = (logits.float() / temperature).log_softmax(-1)
+    return token, torch.where(forced, logps.gather(1, token[:, None])[:, 0], logp), ~forced
+
+# %% ../../nbs/library/07_generate_local.ipynb #eb81c27f
+def _read_prompts(lm, trunk, prompt_ids: Tensor, attention_mask: Tensor, room: int):
+    "A decoder that read each different prompt once; logits and states of every row."
+    different, rows = torch.unique(torch.cat([prompt_ids, attention_mask.long()], 1),
+                                   dim=0, return_inverse=True)
+    ids, mask = different.chunk(2, 1)
+    decoder = _Decoder(lm, trunk, mask.bool(), room)
+    read = decoder.read(ids)
+    logits = decoder.logits(read)
+    decoder.select(rows)
+    return decoder, logits[rows], [] if trunk is None else [read[rows]]
+
+
 @torch.no_grad()
 def sample(
-    lm,  # any transformers causal language model
+    lm,  # any transformers causal language model; above `trunk` if there is one
     prompt_ids: Tensor,  # (B, P) int64, padded on the left
     attention_mask: Tensor | None = None,  # (B, P) bool, False at padding; None: none
     *,
@@ -85,6 +203,8 @@ def sample(
     eos_token_id: int | None = None,  # None: every completion has max_new_tokens tokens
     pad_token_id: int = 0,  # written after the end of a finished row
     writer: Callable[[Tensor], Tensor] | None = None,  # (B, t) so far -> (B,) ids or −1
+    allowed: Callable[[Tensor], Tensor] | None = None,  # (B, P+t) -> (B, V) bool
+    trunk=None,  # frozen lower part of a model cut by `models.split`
 ) -> Samples:
     "Completions of a batch of prompts, sampled at `temperature`."
     if attention_mask is None:
@@ -93,42 +213,30 @@ def sample(
     _check_prompts(prompt_ids, attention_mask)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    B, device = len(prompt_ids), prompt_ids.device
+    (B, P), device = prompt_ids.shape, prompt_ids.device
     uniforms = torch.rand((max_new_tokens, B), generator=generator).to(device)
-    decode, new_ids = _Decoder(lm, attention_mask), prompt_ids
-    ids: list[Tensor] = []
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []  # log-probability, sampled, running
-    running = torch.ones(B, dtype=torch.bool, device=device)
-    for u in uniforms:
-        logits = decode(new_ids)
-        token, logp = draw(logits, u, temperature)
-        chosen = running
-        if writer is not None:
-            so_far = torch.stack(ids, 1) if ids else prompt_ids[:, :0]
-            token, logp, chosen = _write(writer(so_far), token, logp, logits,
-                                         temperature, running)
-        token = token.masked_fill(~running, pad_token_id)
-        ids.append(token)
-        kept.append((logp * running, chosen, running))
-        if eos_token_id is not None:
-            running = running & (token != eos_token_id)
-            if not running.any():
-                break
-        new_ids = token[:, None]
-    logps, sampled, alive = (torch.stack(column, 1)
-                             for column in zip(*kept, strict=True))
-    tokens = Tokens(torch.cat([prompt_ids, torch.stack(ids, 1)], 1),
-                    torch.cat([attention_mask, alive], 1), prompt_ids.shape[1])
-    return Samples(tokens, logps, sampled, ~running)
-
-
-def _write(written, token, logp, logits, temperature, running):
-    "Replaces drawn tokens by written ones, and scores those under the policy."
-    if written.shape != token.shape:
-        raise ValueError(f"writer: expected ids of shape {tuple(token.shape)}, "
-                         f"got {tuple(written.shape)}")
-    forced = written >= 0
-    token = torch.where(forced, written, token)
-    logps = (logits.float() / temperature).log_softmax(-1)
-    logp = torch.where(forced, logps.gather(1, token[:, None])[:, 0], logp)
-    return token, logp, running & ~forced
+    text = _Text(prompt_ids, max_new_tokens, pad_token_id)
+    decoder, logits, states = _read_prompts(lm, trunk, prompt_ids, attention_mask,
+                                            P + max_new_tokens)
+    rows = torch.arange(B, device=device)  # that the decoder still reads
+    for t in range(max_new_tokens):
+        token, logp, chosen = _choose(logits, uniforms[t], temperature, text, rows, t,
+                                      writer, allowed)
+        text.add(t, rows, token, logp, chosen, eos_token_id)
+        last = t + 1 == max_new_tokens or not text.running.any()
+        if last and trunk is None:
+            break
+        read = decoder.read(text.ids[rows, t][:, None])
+        if trunk is not None:
+            states.append(torch.zeros_like(states[0][:, :1]).index_copy(0, rows, read))
+        if last:
+            break
+        running = text.running[rows]
+        if 8 * int((~running).sum()) >= len(rows):
+            rows, read = rows[running], read[running]
+            decoder.select(running.nonzero()[:, 0])
+        logits = decoder.logits(read)
+    T = t + 1
+    tokens = Tokens(text.so_far(T), torch.cat([attention_mask, text.real[:, :T]], 1), P,
+                    torch.cat(states, 1) if states else None)
+    return Samples(tokens, text.logps[:, :T], text.sampled[:, :T], ~text.running)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Tokens', 'row_chunks', 'encode_prompts', 'encode', 'model_inputs', 'label_ids', 'tiny_config', 'from_seed',
-           'tiny_causal_lm', 'quiet_transformers', 'Evaluation', 'completion_logits', 'LanguagePolicy',
-           'LanguageCritic', 'tiny_critic']
+           'tiny_causal_lm', 'quiet_transformers', 'Evaluation', 'completion_hidden', 'completion_logps',
+           'LanguagePolicy', 'LanguageCritic', 'tiny_critic']
 
 # %% ../../nbs/library/06_models_language.ipynb #ae64cdb9
 import os
@@ -205,38 +205,55 @@ class Evaluation:
     entropy: Tensor  # (B, T) entropy of each choice in nats, 0 at padding
 
 
-def completion_logits(lm, tokens: Tokens) -> Tensor:  # (B, T, V)
-    "Logits that predict each completion token: those of the position before it."
+def completion_hidden(lm, tokens: Tokens) -> Tensor:  # (B, T, D)
+    "Hidden states that predict each completion token: those of the position before it."
     inputs = model_inputs(tokens.without_last())
     hidden = lm.base_model(**inputs).last_hidden_state
-    return lm.get_output_embeddings()(hidden[:, tokens.prompt_length - 1 :])
+    return hidden[:, tokens.prompt_length - 1 :]
+
+
+def completion_logps(
+    lm,
+    hidden: Tensor,  # (B, T, D) of `completion_hidden`
+    tokens: Tokens,
+    temperature: float = 1.0,
+    eps_beta: float | None = None,
+) -> ops.TokenLogps:  # (B, T) each
+    "What the LM head says of each completion token; the logits never exist at once."
+    head = lm.get_output_embeddings()
+    found = ops.linear_token_logps(
+        hidden.flatten(0, 1), head.weight, label_ids(tokens).flatten(), bias=head.bias,
+        temperature=temperature, eps_beta=eps_beta)
+    shape = tokens.completion_ids.shape
+    supported = None if found.supported is None else found.supported.view(shape)
+    return ops.TokenLogps(found.logps.view(shape), found.entropy.view(shape), supported)
 
 # %% ../../nbs/library/06_models_language.ipynb #ffebaa17
 class LanguagePolicy(nn.Module):
     "A causal language model as a policy over tokens."
 
     lm: Any
+    allowed: Callable[[Tensor], Tensor] | None = None  # a restriction of what it may say
 
     def __init__(
         self,
         lm,  # any transformers causal language model
         temperature: float = 1.0,  # of sampling, and so of every log-probability
+        trunk=None,  # frozen lower part, where `lm` is the upper one of `models.split`
     ):
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature: expected above 0, got {temperature}")
-        self.lm, self.temperature = lm, temperature
+        self.lm, self.temperature, self.trunk = lm, temperature, trunk
 
     def evaluate(
         self,
         rollout,  # anything whose `inputs` are Tokens
     ) -> Evaluation:  # differentiable in the model's weights
         tokens = rollout.inputs
-        logits = completion_logits(self.lm, tokens)
-        found = ops.token_logps(logits.flatten(0, 1), label_ids(tokens).flatten(),
-                                temperature=self.temperature)
-        shape = tokens.completion_ids.shape
-        return Evaluation(found.logps.view(shape), found.entropy.view(shape))
+        found = completion_logps(self.lm, completion_hidden(self.lm, tokens), tokens,
+                                 self.temperature)
+        return Evaluation(found.logps, found.entropy)
 
     def save_pretrained(self, folder: str | Path):
         "Weights and configuration in the layout that `AutoModelForCausalLM` loads."

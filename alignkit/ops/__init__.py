@@ -7,7 +7,13 @@ from alignkit.ops.advantages import (
     supported_gae_reference,
 )
 from alignkit.ops.dispatch import Backend, backends
-from alignkit.ops.logprobs import TokenLogps, token_logps, token_logps_reference
+from alignkit.ops.logprobs import (
+    TokenLogps,
+    linear_token_logps,
+    linear_token_logps_reference,
+    token_logps,
+    token_logps_reference,
+)
 
 __all__ = [
     "Backend",
@@ -15,6 +21,8 @@ __all__ = [
     "backends",
     "gae",
     "gae_reference",
+    "linear_token_logps",
+    "linear_token_logps_reference",
     "supported_gae",
     "supported_gae_reference",
     "token_logps",
