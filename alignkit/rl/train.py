@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .algorithms import PPO, Batch, Critic, Policy
+from .algorithms import Algorithm, Batch, Critic, Policy
 from .rollout import Rollout, masked_mean
 from ..training import fit, generator
 
@@ -22,7 +22,7 @@ class PolicyObjective(nn.Module):
     policy: Policy
     critic: Critic
 
-    def __init__(self, policy: Policy, critic: Critic, algorithm: PPO):
+    def __init__(self, policy: Policy, critic: Critic, algorithm: Algorithm):
         super().__init__()
         self.policy, self.critic, self.algorithm = policy, critic, algorithm
 
@@ -48,7 +48,7 @@ def train(
     collect: Callable[[int], Rollout],  # round -> what the current policy did
     policy: Policy,  # a torch module, improved in place
     critic: Critic,  # a torch module, improved in place
-    algorithm: PPO,
+    algorithm: Algorithm,
     *,
     rounds: int,
     lr: float,
