@@ -12,7 +12,7 @@ __all__ = ['ARXIV', 'BURNT_SEEDS', 'CONFIRMATION_SEEDS', 'TABULAR_SEEDS', 'ENSEM
            'Config', 'train_sft', 'train_scorelm', 'train_behaviour', 'Arm', 'Models', 'TableSupport',
            'shuffled_support', 'evaluate_policy', 'Players', 'load_models', 'load_players', 'train_policy',
            'language_jobs', 'jobs', 'run', 'main_claims', 'support_claims', 'world_i_claims', 'claims', 'plots',
-           'regime_jobs', 'proxy_point', 'regime_table', 'show_responses', 'responses']
+           'regime_jobs', 'confirmation_jobs', 'proxy_point', 'regime_table', 'show_responses', 'responses']
 
 # %% ../../nbs/papers/01_bspo.ipynb #f77d76cf
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +29,6 @@ from alignkit.claims import (
     Claim,
     Exact,
     Greater,
-    NotTested,
     Plot,
     Reported,
     difference,
@@ -67,6 +66,8 @@ from alignkit.preferences import (
     fit_sft,
     pair_accuracy,
 )
+from . import bspo_small
+from .bspo_small import SmallConfig
 from ..rl.algorithms import BSPO, CPPO, PPO, Algorithm, health
 from ..rl.language import LanguageCollector, sample_policy, score_samples
 from ..rl.overoptimization import matched_kl_lead, peak_drop, rise_before_peak
@@ -330,6 +331,12 @@ class Config:
         return cls(demonstrations=512, preference_pairs=512, sft_steps=30,
                    scorelm_steps=30, iterations=4, completions=64, evaluate_every=2,
                    evaluation_samples=128)
+
+
+    @staticmethod
+    def small() -> SmallConfig:
+        "A real language model: see the notebook of `papers.bspo_small`."
+        return SmallConfig()
 
 
 ARXIV = "2503.18130"
@@ -778,9 +785,11 @@ WORLD_I = tuple(f"{WORLD_I_PREFIX}{name}" for name in ("ppo", "ppo_kl", "wco", "
 ALL_ARMS = (*ARMS, *SIMPLER, *SUPPORTS, *OTHER_KL, *EPS_SWEEP, *V_MIN_SWEEP, *WORLD_I)
 
 
-def jobs(config: Config, seeds: Iterable[int]) -> list[Job]:
+def jobs(config: Config | SmallConfig, seeds: Iterable[int]) -> list[Job]:
     "All jobs of the paper: the tabular checks from the first seed on, then the arms."
     seeds = list(seeds)
+    if isinstance(config, SmallConfig):
+        return bspo_small.jobs(config, seeds)
     tabular_seeds = range(seeds[0], seeds[0] + TABULAR_SEEDS) if seeds else ()
     return [Job("bspo", tabular, "tabular", seed, {}) for seed in tabular_seeds
             ] + language_jobs(config, seeds, ALL_ARMS)
@@ -837,7 +846,8 @@ CURVES = "curves only"  # the paper prints no number
 
 
 def _mini(key: str, statement: str, arms: Sequence[str], figure: Figures, accept,
-          source: str, value: str = CURVES) -> Claim:
+          source: str, value: str = "") -> Claim:
+    value = value or (CURVES if source.startswith("Fig.") else "")
     return Claim(key, statement, value, source, "mini", tuple(arms), figure, accept)
 
 
@@ -904,7 +914,7 @@ def support_claims() -> list[Claim]:
               ["bspo"], _scalar("bspo", "unsupported_end"), Reported(), "Fig. 4b"),
         _mini("9b.5-recall", "share of unsupported words that ScoreLM's β detects",
               ["scorelm-0"], _scalar("scorelm-0", "detector_recall"), Reported(),
-              "not in the paper", "not measured"),
+              "not in the paper"),
         lead("9b.5-separate", "bspo_separate",
              "gold at the end, shared trunk less a separate behaviour model"),
         _mini("9b.5-plain", "gold at the end, PPO on ScoreLM's reward less PPO on a "
@@ -944,21 +954,11 @@ def world_i_claims() -> list[Claim]:
           for arm in others),
     ]
 
-# %% ../../nbs/papers/01_bspo.ipynb #15dc0d8f
-_LATER = (
-    ("9c.1", "small", "PPO over-optimizes on a real language model"),
-    ("9c.2", "small", "BSPO ends above PPO on a real language model"),
-    ("9c.3", "small", "unsupported tokens on a real language model"),
-    ("9c.4", "small", "shuffled support on a real language model"),
-)
-
-
+# %% ../../nbs/papers/01_bspo.ipynb #b2f174a9
 def claims() -> list[Claim]:
-    "Every item of the acceptance list, tested or not."
-    later = [Claim(key, statement, "", "acceptance list", scale, (), None,
-                   NotTested("not built yet")) for key, scale, statement in _LATER]
+    "Every item of the acceptance list."
     return [*tabular_claims(), *main_claims(), *support_claims(), *world_i_claims(),
-            *later]
+            *bspo_small.claims()]
 
 # %% ../../nbs/papers/01_bspo.ipynb #453692b7
 def _mean_end(records: Sequence[Record], arm: str, name: str) -> float:
@@ -998,6 +998,12 @@ REGIME_ARMS = ("ppo", "bspo", "wco", *(f"ppo_kl={value:g}" for value in KL_COEFS
 def regime_jobs() -> list[Job]:
     "The search on burnt seeds: does PPO over-optimize, which coefficients are best?"
     return language_jobs(Config.mini(), BURNT_SEEDS, REGIME_ARMS)
+
+
+def confirmation_jobs() -> list[Job]:
+    "The main comparison again, on seeds that nobody had seen."
+    everything = jobs(Config.mini(), CONFIRMATION_SEEDS)
+    return runs.select(everything, {"tabular", *ARMS})
 
 
 def proxy_point(records: Sequence[Record]) -> float:
