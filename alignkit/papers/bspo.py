@@ -310,7 +310,7 @@ class Config:
     v_min_margin: float = 2.0  # V_min lies this far below the smallest training score
     eps_beta: float = 0.0  # in place of the calibrated threshold, where above 0
     fine: float = 1.0  # of an unsupported word, chosen on burnt seeds
-    cppo_threshold: float = 0.0  # θ: the proxy at PPO's gold peak on burnt seeds
+    cppo_threshold: float = 3.7  # θ: the proxy at PPO's gold peak on burnt seeds
     cppo_multiplier_lr: float = 0.1
     evaluate_every: int = 5  # rounds
     evaluation_samples: int = 512  # two halves over all prompts
