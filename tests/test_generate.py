@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 
-from alignkit.generate.local import sample
+from alignkit.generate.local import draw, sample
 from alignkit.models.language import tiny_causal_lm
+from alignkit.models.split import split, with_trunk
 from alignkit.training import generator
 from alignkit.worlds.grammar import grammar_tokenizer
 
@@ -89,3 +90,91 @@ def test_wrong_arguments_are_refused_by_name(lm, change, name):
     prompts = change.pop("prompt_ids", torch.zeros(2, 2).long())
     with pytest.raises(ValueError, match=f"^{name}: "):
         sample(lm, prompts, max_new_tokens=2, generator=generator(0, "e"), **change)
+
+
+# ---- what makes it fast changes nothing ------------------------------------------------
+
+
+def plainly(lm, ids, mask, length, seed, eos, pad=16):
+    "The same sampling without cache, sharing or dropping: the whole text, every token."
+    uniforms = torch.rand((length, len(ids)), generator=generator(seed, "p"))
+    done, logps = torch.zeros(len(ids), dtype=torch.bool), []
+    for u in uniforms:
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = lm(input_ids=ids, attention_mask=mask.long(),
+                        position_ids=positions).logits[:, -1]
+        token, logp = draw(logits, u, 0.8)
+        token = token.masked_fill(done, pad)
+        ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, ~done[:, None]], 1)
+        logps.append(logp.masked_fill(done, 0.0))
+        done = done | (token == eos)
+    return ids, torch.stack(logps, 1)
+
+
+def prompts_of(kind):
+    if kind == "different":
+        return torch.arange(16).reshape(16, 1), torch.ones(16, 1, dtype=torch.bool)
+    if kind == "equal":
+        return torch.tensor([[3, 4], [5, 6]]).repeat(8, 1), torch.ones(16, 2, dtype=torch.bool)
+    ids = torch.tensor([[16, 16, 3], [16, 5, 6], [1, 2, 4], [16, 5, 6]]).repeat(4, 1)
+    return ids, ids != 16
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("kind", ["different", "equal", "padded"])
+@pytest.mark.parametrize("eos", [7, 99])
+def test_cache_sharing_dropping_and_a_trunk_change_nothing(kind, cut, eos):
+    lm = tiny_causal_lm(grammar_tokenizer(), seed=0, layers=4)
+    trunk, upper = split(lm, 2) if cut else (None, lm)
+    ids, mask = prompts_of(kind)
+    ours = sample(upper, ids, mask, max_new_tokens=12, generator=generator(3, "p"),
+                  temperature=0.8, eos_token_id=eos, pad_token_id=16, trunk=trunk)
+    expected, logps = plainly(lm, ids, mask, 12, 3, eos)
+    T = ours.logps.shape[1]
+    assert torch.equal(ours.tokens.input_ids, expected[:, : ids.shape[1] + T])
+    torch.testing.assert_close(ours.logps, logps[:, :T], atol=1e-5, rtol=0)
+    if eos == 7:  # rows ended at different times, so some left before others
+        assert len(set(ours.sampled.sum(1).tolist())) > 2
+    if cut:
+        real = ours.tokens.attention_mask
+        states = with_trunk(trunk, ours.tokens).trunk
+        torch.testing.assert_close(ours.tokens.trunk[real], states[real], atol=1e-5, rtol=0)
+
+
+def test_a_sliding_window_model_is_sampled_right():
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=17, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=4,
+        max_position_embeddings=64, bos_token_id=None, eos_token_id=None)
+    lm = transformers.MistralForCausalLM(config).eval()
+    ids, mask = prompts_of("different")
+    ours = sample(lm, ids, mask, max_new_tokens=12, generator=generator(3, "p"),
+                  temperature=0.8, eos_token_id=7, pad_token_id=16)
+    expected, logps = plainly(lm, ids, mask, 12, 3, 7)
+    T = ours.logps.shape[1]
+    assert torch.equal(ours.tokens.input_ids, expected[:, : 1 + T])
+    torch.testing.assert_close(ours.logps, logps[:, :T], atol=1e-5, rtol=0)
+
+
+def test_a_restricted_choice_has_the_restricted_probabilities(lm):
+    prompts, even = torch.full((4000, 1), 3), torch.arange(17) % 2 == 0
+    drawn = sample(lm, prompts, max_new_tokens=1, generator=generator(0, "r"),
+                   allowed=lambda so_far: even.expand(len(so_far), 17))
+    with torch.no_grad():
+        logits = lm(input_ids=prompts[:1]).logits[0, -1].masked_fill(~even, -torch.inf)
+    ids = drawn.tokens.completion_ids[:, 0]
+    assert even[ids].all()
+    torch.testing.assert_close(drawn.logps[:, 0], logits.log_softmax(-1)[ids])
+
+
+@pytest.mark.parametrize("allowed, message", [
+    (lambda so_far: torch.ones(2, 5).bool(), r"^allowed: expected bool of shape \(2, 17\)"),
+    (lambda so_far: torch.ones(2, 17), "^allowed: expected bool"),
+    (lambda so_far: torch.arange(2)[:, None].expand(2, 17).bool(),
+     "^allowed: expected at least one token, got none in row 0")])
+def test_a_restriction_that_is_none_is_refused(lm, allowed, message):
+    with pytest.raises(ValueError, match=message):
+        sample(lm, torch.zeros(2, 2).long(), max_new_tokens=2, generator=generator(0, "e"),
+               allowed=allowed)
