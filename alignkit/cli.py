@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CommandError', 'describe', 'list_papers', 'load_paper', 'missing_module', 'extras', 'configure', 'choose',
-           'check_folder', 'execute', 'run_paper', 'write_page', 'installed', 'diagnose_backends', 'diagnose', 'doctor',
-           'bench', 'at_least', 'add_run', 'make_parser', 'resume_line', 'main']
+           'check_folder', 'execute', 'own_config', 'run_own', 'run_paper', 'write_page', 'installed',
+           'diagnose_backends', 'diagnose', 'doctor', 'bench', 'at_least', 'a_change', 'add_run', 'make_parser',
+           'resume_line', 'main']
 
 # %% ../nbs/library/13_cli.ipynb #7decfa0d
 import argparse
@@ -157,8 +158,50 @@ def execute(
         return [record for record in done if record.key in wanted], str(failure)
 
 # %% ../nbs/library/13_cli.ipynb #3025f19b
+def own_config(args: argparse.Namespace) -> tuple[ModuleType, Any]: # module, its OwnConfig
+    "The configuration of a run on the reader's own model and data. `CommandError` (2) if wrong."
+    missing = [f"--{name}" for name in ("model", "data") if not getattr(args, name)]
+    if missing:
+        raise CommandError(f"{' and '.join(missing)}: required beside --model, --data, --scorer "
+                           "and --set", 2)
+    load_paper(args.paper)
+    try:
+        own = importlib.import_module(f"alignkit.papers.{args.paper}_own")
+    except ModuleNotFoundError:
+        raise CommandError(f"{args.paper} does not run on other models and data", 2) from None
+    sys.path.insert(0, os.getcwd()) # where --scorer module:name is looked for
+    try:
+        changes = dict(change.split("=", 1) for change in args.set)
+        if args.device != "auto":
+            changes["device"] = args.device
+        return own, own.own_config(args.model, args.data, args.scorer, **changes)
+    except (ValueError, OSError) as error:
+        raise CommandError(f"--{error}", 2) from error
+
+
+def run_own(args: argparse.Namespace) -> int:
+    "`alignkit run PAPER --model M --data F`"
+    out = Path(args.out or f"runs/{args.paper}/own")
+    own, config = own_config(args)
+    print(f"alignkit {__version__}: {args.paper} on {args.model}, seed {args.first_seed}, in {out}",
+          flush=True)
+    try:
+        jobs = own.own_jobs(config, args.first_seed)
+    except (ValueError, OSError) as error: # the model or its data cannot be read
+        raise CommandError(str(error)) from error
+    records, failure = execute(jobs, out, 1, args.fresh)
+    if failure:
+        raise CommandError(failure)
+    for name, value in records[-1].scalars.items():
+        print(f"{name:<18}{value:.3f}")
+    print(f"policy: {jobs[-1].folder(out) / 'policy'}")
+    return 0
+
+# %% ../nbs/library/13_cli.ipynb #e05400a2
 def run_paper(args: argparse.Namespace) -> int:
     "`alignkit run`"
+    if args.model or args.data or args.scorer or args.set:
+        return run_own(args)
     out = Path(args.out or f"runs/{args.paper}/{args.scale}")
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     print(f"alignkit {__version__}: {args.paper} at {args.scale} scale, "
@@ -293,6 +336,13 @@ def at_least(low: int) -> Callable[[str], int]:
     return integer
 
 # %% ../nbs/library/13_cli.ipynb #830e2dd6
+def a_change(text: str) -> str:
+    "An argparse type: NAME=VALUE."
+    if not re.fullmatch(r"[a-z_]+=.*", text):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return text
+
+# %% ../nbs/library/13_cli.ipynb #433ca398
 def add_run(commands: Any) -> None:
     "The arguments of `alignkit run`."
     run = commands.add_parser("run", help="run a paper's claims, resuming what is unfinished")
@@ -308,6 +358,14 @@ def add_run(commands: Any) -> None:
     run.add_argument("--fresh", action="store_true", help="repeat jobs that are done")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                      help="auto: the CPU at smoke and mini")
+    own = run.add_argument_group("your own model and data", "decides no claims, leaves a policy")
+    own.add_argument("--model", metavar="M", help="a folder, or a name on the Hub")
+    own.add_argument("--data", metavar="F", help="JSON lines or a Hub data set: prompt, chosen, "
+                     "rejected; or prompt alone, with --scorer")
+    own.add_argument("--scorer", default="", metavar="MODULE:NAME",
+                     help="a reward function with TRL's signature")
+    own.add_argument("--set", nargs="+", default=(), metavar="NAME=VALUE", type=a_change,
+                     help="other fields of the run's configuration")
     run.set_defaults(command=run_paper)
 
 # %% ../nbs/library/13_cli.ipynb #a3a52e24

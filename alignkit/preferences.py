@@ -22,12 +22,12 @@ from alignkit.models.language import (
     row_chunks,
 )
 from .models.scores import ScoreLM
-from .training import fit, linear_decay, shuffled_batches
+from .training import fit, linear_decay, shared_count, shuffled_batches
 
 # %% ../nbs/library/09_preferences.ipynb #20be971c
 def mean_nll(behaviour: ops.TokenLogps, tokens: Tokens) -> Tensor:  # scalar, nats a token
     "Mean negative log-probability of the completion tokens of a batch."
-    return -behaviour.logps.sum() / tokens.completion_mask.sum()
+    return -behaviour.logps.sum() / shared_count(tokens.completion_mask)
 
 
 class SFTObjective(nn.Module):

@@ -1,6 +1,8 @@
 """PPO and BSPO against loops written from the formulas, and the pitfalls of each."""
 
 import math
+import tempfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +20,8 @@ from alignkit.models.scores import ScoreLMScorer, Scores, tiny_scorelm
 from alignkit.rl.algorithms import BSPO, PPO, Batch, Targets, clipped_policy_loss, health
 from alignkit.rl.language import LanguageCollector, score_samples
 from alignkit.rl.rollout import Rollout, masked_mean, whiten
-from alignkit.rl.train import train
+from alignkit.rl.train import train, zero_std_share
+from alignkit.training import NotFinite, load_dump
 from alignkit.worlds.grammar import grammar_tokenizer
 
 
@@ -193,6 +196,206 @@ def test_a_row_without_a_sampled_token_is_refused():
 def test_a_scorer_that_returns_nonsense_is_named(rewards):
     with pytest.raises(ValueError, match="^scorer: expected"):
         score_samples(finished_samples(), lambda r: Scores(rewards))
+
+
+class World:
+    "A tiny language policy, critic and scorer with a place for a fault in each."
+
+    def __init__(self):
+        self.tokenizer = grammar_tokenizer()
+        self.policy = LanguagePolicy(tiny_causal_lm(self.tokenizer, seed=0))
+        self.critic = tiny_critic(self.tokenizer, seed=1)
+        self.algorithm, self.round, self.loss_coef = PPO(), -1, 1.0
+        self.prompts = torch.arange(12)[:, None]
+
+    def scorer(self, rollout):
+        return Scores(rollout.inputs.completion_ids.float().mean(1))
+
+    def collector(self, **options):
+        collect = LanguageCollector(
+            self.policy, self.prompts, torch.ones_like(self.prompts).bool(),
+            lambda rollout: self.scorer(rollout), batch_size=8, max_new_tokens=4, seed=0,
+            **options)
+
+        def counted(round_):
+            self.round = round_
+            return collect(round_)
+
+        return counted
+
+    def weights(self):
+        return [p.detach().clone() for part in (self.policy, self.critic)
+                for p in part.parameters()]
+
+    def train(self, collect=None, **options):
+        return train(collect or self.collector(), self.policy, self.critic, self.algorithm,
+                     **{"rounds": 3, "lr": 1e-3, "seed": 0} | options)
+
+
+def in_round_1(world, function, spoil):
+    "The function, its result spoiled from round 1 on."
+    def wrapped(*arguments):
+        result = function(*arguments)
+        return spoil(result) if world.round >= 1 else result
+    return wrapped
+
+
+def put(value, *where):
+    "Writes a value into one place of a tensor; a gradient still flows."
+    def spoil(tensor):
+        mask = torch.zeros_like(tensor, dtype=torch.bool)
+        mask[where] = True
+        return tensor.masked_fill(mask, value)
+    return spoil
+
+
+def spoil_scorer(world, value):
+    world.scorer = in_round_1(
+        world, world.scorer, lambda scores: Scores(put(value, 5)(scores.rewards)))
+
+
+def spoil_collector(world, value):
+    def spoil(rollout):
+        rollout.logps[5, 2] = value  # behind the back of the checks of `Rollout`
+        return rollout
+    return in_round_1(world, world.collector(), spoil)
+
+
+def spoil_critic_values(world, value):
+    world.critic.values = in_round_1(world, world.critic.values, lambda values: (
+        put(value, 5, 1)(values) if len(values) == 8 else values))
+
+
+def spoil_critic_update(world, value):
+    world.critic.values = in_round_1(world, world.critic.values, lambda values: (
+        put(value, 1, 1)(values) if len(values) == 2 else values))  # a minibatch
+
+
+def spoil_policy_logps(world, value):
+    world.policy.evaluate = in_round_1(world, world.policy.evaluate, lambda evaluation: (
+        Evaluation(put(value, 1, 2)(evaluation.logps), evaluation.entropy)))
+
+
+def spoil_advantages(world, value):
+    class Spoiled(PPO):
+        def targets(self, rollout):
+            targets = super().targets(rollout)
+            return targets if world.round < 1 else Targets(
+                put(value, 5, 0)(targets.advantages), targets.value_targets, targets.mask)
+    world.algorithm = Spoiled()
+
+
+def spoil_loss(world, value):
+    class Spoiled(PPO):
+        def loss(self, batch, evaluation, values):
+            loss, figures = super().loss(batch, evaluation, values)
+            return loss * (value if world.round >= 1 else 1.0), figures
+    world.algorithm = Spoiled()
+
+
+def spoil_gradient(world, value):
+    parameter = next(world.critic.parameters())
+    parameter.register_hook(in_round_1(world, lambda gradient: gradient, put(value, 0, 0)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("spoil, quantity, row", [
+    (spoil_scorer, "scorer", 5), (spoil_collector, "logps", 5),
+    (spoil_critic_values, "values", 5), (spoil_critic_update, "critic.values", 1),
+    (spoil_policy_logps, "policy.logps", 1), (spoil_advantages, "advantages", 5),
+    (spoil_loss, "loss, gradient of policy", 0), (spoil_gradient, "gradient of critic", 0)])
+def test_every_fault_stops_the_run_before_the_step(
+        tmp_path, monkeypatch, spoil, quantity, row, value):
+    "Round, quantity and row are named, the dump holds the numbers, the weights are round 0's."
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    clean, world = World(), World()
+    clean.train(rounds=1)
+    before = clean.weights()
+    collect = spoil(world, value)
+    with pytest.raises(NotFinite, match=f"^round 1: {quantity}.* in row {row}") as caught:
+        world.train(collect)
+    assert all(map(torch.equal, world.weights(), before))
+    info, tensors = load_dump(caught.value.dump)
+    assert info["round"] == 1 and f"row {row}" in info["message"]
+    if quantity in tensors:
+        assert not torch.isfinite(tensors[quantity][row]).all()
+    else:
+        assert quantity.startswith(("loss", "gradient"))
+    assert any(name.endswith("input_ids") for name in tensors)
+
+
+def policy_loss_of_logits(algorithm, rollout, padding):
+    "Loss and gradient in the logits and values of a policy whose padding says anything."
+    B, T, V = *rollout.mask.shape, 5
+    g = torch.Generator().manual_seed(3)
+    logits = torch.randn(B, T, V, generator=g)
+    values = torch.randn(B, T + 1, generator=g)
+    outside = ~rollout.mask
+    logits[outside] = padding * torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0])
+    values[:, :-1][outside] = padding
+    rollout = replace(rollout, logps=rollout.logps.masked_fill(outside, -padding),
+                      ref_logps=rollout.ref_logps.masked_fill(outside, padding),
+                      values=rollout.values.clone())
+    rollout.values[:, :-1][outside] = padding
+    logits.requires_grad_(), values.requires_grad_()
+    logps = logits.log_softmax(-1)
+    evaluation = Evaluation(logps[..., 0], -(logps.exp() * logps).sum(-1))
+    targets = algorithm.targets(rollout)
+    loss, figures = algorithm.loss(Batch(rollout, targets), evaluation, values[:, :-1])
+    loss.backward()
+    return [loss.detach(), logits.grad, values.grad, *figures.values()]
+
+
+@pytest.mark.parametrize("padding", [1e4, -1e4])
+@pytest.mark.parametrize("algorithm", [
+    PPO(entropy_coef=0.1, beta=0.1), BSPO(v_min=-9.0, entropy_coef=0.1, beta=0.1)])
+def test_what_padding_says_changes_neither_loss_nor_gradient(algorithm, padding):
+    rollout = random_rollout()
+    rollout.mask[3, 2:4] = False  # in the middle, as text that somebody else wrote
+    expected = policy_loss_of_logits(algorithm, rollout, 0.0)
+    found = policy_loss_of_logits(algorithm, rollout, padding)
+    assert expected[1][rollout.mask].abs().max() > 0 and not expected[1][~rollout.mask].any()
+    for clean, overflowing in zip(expected, found, strict=True):
+        assert torch.equal(clean, overflowing)
+
+
+def test_groups_without_variance_are_counted():
+    rewards = torch.tensor([2.0, 2.0, 1.0, 2.0, 5.0, 5.0])
+    groups = torch.tensor([4, 4, 9, 9, 0, 0])
+    assert zero_std_share(rewards, groups).item() == pytest.approx(2 / 3)
+    assert zero_std_share(rewards, torch.tensor([0, 4, 4, 9, 9, 0])) == 0
+    assert zero_std_share(rewards) == 0 and zero_std_share(torch.full((3,), 0.1)) == 1
+    assert zero_std_share(rewards[:1], groups[:1]) == 1
+
+
+@pytest.mark.parametrize("algorithm", [PPO(), BSPO(v_min=-3.0)])
+def test_equal_rewards_leave_finite_advantages_and_are_logged(algorithm):
+    world = World()
+    world.algorithm = algorithm
+    world.scorer = lambda rollout: Scores(torch.full((8,), 0.1), rollout.mask)
+    history = world.train()
+    assert [line["frac_reward_zero_std"] for line in history] == [1.0, 1.0, 1.0]
+    assert all(math.isfinite(x) for line in history for x in line.values())
+
+
+def test_zero_variance_is_counted_over_the_groups_of_the_rollout():
+    world = World()
+    collect = world.collector(group_size=2)
+    by_group = torch.tensor([1.0, 1.0, 1.0, 2.0, 3.0, 3.0, 4.0, 4.0])
+    world.scorer = lambda rollout: Scores(by_group)
+
+    def grouped(round_):
+        return replace(collect(round_), group_ids=torch.arange(8) // 2)
+
+    history = world.train(grouped, minibatches=3)
+    assert history[0]["frac_reward_zero_std"] == pytest.approx(0.75)
+    assert world.train()[0]["frac_reward_zero_std"] == 0.0
+
+
+def test_a_rollout_of_no_variance_at_all_whitens_to_almost_nothing():
+    targets = PPO().targets(replace(random_rollout(), rewards=torch.zeros(5, 6),
+                                    values=torch.zeros(5, 7)))
+    assert targets.advantages.abs().max() < 1e-3
 
 
 def three_updates(device):

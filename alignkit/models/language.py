@@ -186,13 +186,15 @@ def tiny_causal_lm(tokenizer, seed: int, **sizes):
 # %% ../../nbs/library/06_models_language.ipynb #6c5a3872
 @contextmanager
 def quiet_transformers():
-    "No progress bars while transformers loads and saves small models."
+    "No progress bars and reports while transformers loads and saves models; errors remain."
     logging = require("transformers", "llm").utils.logging
-    was_on = logging.is_progress_bar_enabled()
+    was_on, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if was_on:
             logging.enable_progress_bar()
 

@@ -9,7 +9,7 @@ __all__ = ['Scored', 'ScoreLM', 'tiny_scorelm', 'behaviour_logps', 'calibrate_ep
 # %% ../../nbs/library/06a_models_scores.ipynb #49a2b40c
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,7 @@ class Scores:
 
     rewards: Tensor  # (B,) one reward a completion
     supported: Tensor | None = None  # (B, T) bool; None if the scorer cannot tell
+    applicable: Tensor | None = None  # (B,) bool, has a reward at all; None: every row
 
 
 @dataclass
@@ -172,7 +173,7 @@ class WithSupport:
     support: Callable[[Tokens], Tensor]  # (B, T) bool
 
     def __call__(self, rollout) -> Scores:
-        return Scores(self.scorer(rollout).rewards, self.support(rollout.inputs))
+        return replace(self.scorer(rollout), supported=self.support(rollout.inputs))
 
 
 @dataclass

@@ -49,6 +49,12 @@ class Batch:
     rollout: Rollout
     targets: Targets
 
+    def __getitem__(self, rows) -> "Batch":
+        return Batch(self.rollout[rows], self.targets[rows])
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
 
 class Algorithm(Protocol):
     "How rewards become advantages, and advantages a loss. A module may hold state."

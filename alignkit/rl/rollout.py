@@ -9,8 +9,9 @@ __all__ = ['Rollout', 'masked_mean', 'whiten']
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from ..training import check_finite, shared_count
 
 # %% ../../nbs/library/10_rl_rollout.ipynb #6149eefb
 @dataclass
@@ -38,10 +39,7 @@ class Rollout:
             if tuple(value.shape) != expected:
                 raise ValueError(f"{name}: expected shape {expected} beside logps "
                                  f"({B}, {T}), got {tuple(value.shape)}")
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise ValueError(f"{name}: expected finite numbers, got NaN or "
-                                 "infinity in row "
-                                 f"{int((~torch.isfinite(value)).nonzero()[0, 0])}")
+        check_finite(dict(self._tensors()), beside={"inputs": self.inputs})
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         named = ((f.name, getattr(self, f.name)) for f in fields(self)
@@ -58,15 +56,16 @@ class Rollout:
 # %% ../../nbs/library/10_rl_rollout.ipynb #a734d227
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:  # scalar; 0 where nothing counts
     "Mean of `x` where `mask` is true. NaN elsewhere does no harm."
-    return x.where(mask, 0.0).sum() / mask.sum().clamp(min=1)
+    return x.where(mask, 0.0).sum() / shared_count(mask)
 
 
 def whiten(
     x: Tensor,
     where: Tensor,  # bool, the entries whose mean and deviation are used
 ) -> Tensor:  # every entry shifted and scaled by those statistics
-    "Zero mean and unit (sample) deviation over `where`."
+    "Zero mean and unit (sample) deviation over `where`; only shifted where all are equal."
     count = where.sum().clamp(min=2)
     mean = masked_mean(x, where)
-    variance = ((x - mean) ** 2).where(where, 0.0).sum() / (count - 1)
-    return (x - mean) / (variance.sqrt() + 1e-8)
+    deviation = (((x - mean) ** 2).where(where, 0.0).sum() / (count - 1)).sqrt()
+    equal = deviation <= 1e-6 * mean.abs()  # but for rounding: nothing to divide by
+    return (x - mean) / (deviation.where(~equal, 1.0) + 1e-8)

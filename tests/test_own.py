@@ -1,0 +1,185 @@
+"""`alignkit run bspo --model M --data F`: the reader's own model, comparisons and reward function."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from alignkit import cli, runs
+from alignkit.models.language import quiet_transformers, tiny_causal_lm
+from alignkit.papers import bspo_own
+from alignkit.worlds.grammar import TokenGrammar, grammar_tokenizer, preference_dataset
+
+ALIGNKIT = Path(sys.executable).with_name("alignkit")
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+SIZES = ("iterations=8", "completions=8", "max_new_tokens=8", "group_size=2", "scorelm_batch=8")
+REWARDS = '''
+def words_e(prompts, completions, **columns):
+    return [None if prompt == "a" else float(text.count("e"))
+            for prompt, text in zip(prompts, completions)]
+
+def too_few(prompts, completions, **columns):
+    return [1.0]
+
+def not_a_number(prompts, completions, **columns):
+    return [float("nan")] * len(completions)
+'''
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    "A folder with a model, comparisons (one of them broken), prompts and reward functions."
+    folder = tmp_path_factory.mktemp("mine")
+    with quiet_transformers():
+        tiny_causal_lm(grammar_tokenizer(), seed=0).save_pretrained(folder / "model")
+    grammar_tokenizer().save_pretrained(folder / "model")
+    pairs = list(preference_dataset(TokenGrammar(0), 60, seed=0))
+    jsonl(folder / "pairs.jsonl", [*pairs, {"prompt": "a", "chosen": "b"}])
+    jsonl(folder / "prompts.jsonl", [{"prompt": word} for word in "abcdef"])
+    (folder / "my_rewards.py").write_text(REWARDS)
+    return folder
+
+
+def command(mine, out, data="pairs.jsonl", *more):
+    return ["run", "bspo", "--model", str(mine / "model"), "--data", str(mine / data),
+            "--out", str(out), "--set", *SIZES, *more]
+
+
+def run(mine, out, *more):
+    return subprocess.run([ALIGNKIT, *command(mine, out, *more)],
+                          cwd=mine, capture_output=True, text=True, timeout=300, env=ENV)
+
+
+def policy_folder(out):
+    [folder] = [p for p in out.glob("jobs/train_own_policy-*") if p.is_dir()]
+    return folder
+
+
+def weights(out):
+    return hashlib.sha256((policy_folder(out) / "policy/model.safetensors").read_bytes()).digest()
+
+
+def killed_once(mine, out):
+    "Starts the run and kills it in the middle of the policy's rounds."
+    child = subprocess.Popen([ALIGNKIT, *command(mine, out)],
+                             cwd=mine, env=ENV, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while child.poll() is None and time.monotonic() < deadline:
+        logs = list(out.glob("jobs/train_own_policy*/log.jsonl"))
+        if logs and len(logs[0].read_bytes().splitlines()) >= 2:
+            break
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+
+
+def test_comparisons_become_a_policy_that_transformers_loads(mine, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run(mine, whole)
+    assert done.returncode == 0, done.stderr
+    assert "60 rows accepted, 1 rejected" in done.stdout
+    assert "reward_end" in done.stdout and "Traceback" not in done.stderr
+    assert not (whole / "bspo.json").exists()  # no claims
+    start = transformers.AutoModelForCausalLM.from_pretrained(mine / "model")
+    with quiet_transformers():
+        lm = transformers.AutoModelForCausalLM.from_pretrained(policy_folder(whole) / "policy")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(policy_folder(whole) / "policy")
+    assert not torch.equal(lm.lm_head.weight, start.lm_head.weight)
+    ids = tokenizer("a b", return_tensors="pt")["input_ids"]
+    assert lm.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=16).shape == (1, 5)
+    killed_once(mine, killed)
+    assert not (policy_folder(killed) / "policy").exists()
+    assert run(mine, killed).returncode == 0
+    assert weights(killed) == weights(whole)
+    record = runs.load_records(whole, "bspo")[-1]
+    assert len(record.texts["responses"]) == 6 and len(record.curves["reward"]) == 8
+
+
+def test_prompts_and_a_reward_function_are_enough(mine, tmp_path):
+    done = run(mine, tmp_path, "prompts.jsonl", "--scorer", "my_rewards:words_e")
+    assert done.returncode == 0, done.stderr
+    stages = {r.stage: r for r in runs.load_records(tmp_path, "bspo")}
+    assert set(stages) == {"measure_initial", "train_own_policy"}
+    assert 0 <= stages["measure_initial"].scalars["smallest"] <= 8
+    assert all(0 <= x <= 8 for x in stages["train_own_policy"].curves["reward"])
+
+
+def test_comparisons_and_a_reward_function_use_both(mine):
+    changes = dict(change.split("=") for change in SIZES)
+    config = bspo_own.own_config(str(mine / "model"), str(mine / "pairs.jsonl"), "math:prod",
+                                 **changes)
+    *needs, last = bspo_own.own_jobs(config, 0)
+    assert [job.stage.__name__ for job in needs] == ["train_own_scorelm", "measure_initial"]
+    assert last.needs == tuple(needs)
+
+
+def test_another_file_or_model_is_another_run(mine, tmp_path):
+    def key():
+        config = bspo_own.own_config(str(tmp_path / "model"), str(tmp_path / "pairs.jsonl"))
+        return bspo_own.own_jobs(config, 0)[-1].key
+
+    (tmp_path / "model").mkdir()
+    for path in (*(mine / "model").iterdir(), mine / "pairs.jsonl"):
+        where = tmp_path / path.relative_to(mine)
+        where.write_bytes(path.read_bytes())
+    first = key()
+    assert key() == first
+    with (tmp_path / "pairs.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    second = key()
+    weights_file = tmp_path / "model" / "model.safetensors"
+    data = bytearray(weights_file.read_bytes())
+    data[-1] ^= 1
+    weights_file.write_bytes(bytes(data))
+    assert len({first, second, key()}) == 3
+
+
+@pytest.mark.parametrize("data, more, status, message", [
+    ("no.jsonl", (), 2, "--data: expected a file"),
+    ("prompts.jsonl", (), 1, "a scorer is required"),
+    ("prompts.jsonl", ("--scorer", "my_rewards"), 2, "--scorer: expected module:name"),
+    ("prompts.jsonl", ("--scorer", "my_rewards:none"), 2, "cannot be imported"),
+    ("prompts.jsonl", ("--scorer", "my_rewards:too_few"), 1, "expected a list of 8 numbers, got 1"),
+    ("prompts.jsonl", ("--scorer", "my_rewards:not_a_number"), 1, "scorer: expected finite"),
+    ("pairs.jsonl", ("--set", "speed=3"), 2, "--set: expected some of"),
+    ("pairs.jsonl", ("--set", "lr=fast"), 2, "--set: expected a number for lr, got 'fast'")])
+def test_what_is_wrong_is_said_without_a_traceback(
+        mine, tmp_path, monkeypatch, capsys, data, more, status, message):
+    monkeypatch.chdir(mine)
+    assert cli.main(command(mine, tmp_path, data, *more)) == status
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
+def test_a_model_without_data_is_a_question_of_arguments(capsys):
+    assert cli.main(["run", "bspo", "--model", "somewhere"]) == 2
+    assert "--data: required" in capsys.readouterr().err
+
+
+def test_messages_go_through_the_chat_template(mine, tmp_path):
+    tokenizer = grammar_tokenizer()
+    messages = [{"role": "user", "content": "a b"}]
+    with pytest.raises(ValueError, match="no chat template"):
+        bspo_own.as_text(tokenizer, "prompt", messages)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}p"
+    assert bspo_own.as_text(tokenizer, "prompt", messages) == "a b p"
+    assert bspo_own.as_text(tokenizer, "chosen", [*messages, {"content": "c"}]) == "c"
+
+
+def test_the_paper_is_a_configuration_of_the_same_run():
+    paper = bspo_own.OwnConfig.paper()
+    assert paper.lm_coef == 0.01 and paper.reward_model != paper.model
