@@ -115,7 +115,7 @@ setup(
         "alignkit._triton": "csrc/triton",
         "alignkit._results": "results",
     },
-    package_data={"alignkit": ["py.typed"], "alignkit._results": ["*.json", "*.jsonl.gz"]},
+    package_data={"alignkit": ["py.typed", "launch/*.yaml"], "alignkit._results": ["*.json", "*.jsonl.gz"]},
     ext_modules=[cpu_extension(), *([cuda_extension(NVCC)] if NVCC else [])],
     cmdclass={"build_ext": BuildKernels},
     zip_safe=False,

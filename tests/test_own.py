@@ -20,7 +20,7 @@ from alignkit.worlds.grammar import TokenGrammar, grammar_tokenizer, preference_
 
 ALIGNKIT = Path(sys.executable).with_name("alignkit")
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-SIZES = ("iterations=8", "completions=8", "max_new_tokens=8", "group_size=2", "scorelm_batch=8")
+SIZES = ("iterations=30", "completions=8", "max_new_tokens=8", "group_size=2", "scorelm_batch=8")
 REWARDS = '''
 def words_e(prompts, completions, **columns):
     return [None if prompt == "a" else float(text.count("e"))
@@ -106,7 +106,7 @@ def test_comparisons_become_a_policy_that_transformers_loads(mine, tmp_path):
     assert run(mine, killed).returncode == 0
     assert weights(killed) == weights(whole)
     record = runs.load_records(whole, "bspo")[-1]
-    assert len(record.texts["responses"]) == 6 and len(record.curves["reward"]) == 8
+    assert len(record.texts["responses"]) == 6 and len(record.curves["reward"]) == 30
 
 
 def test_prompts_and_a_reward_function_are_enough(mine, tmp_path):
