@@ -308,6 +308,9 @@ class _Together(_Alone):
     def __init__(self, objective, optimizer, accelerator):
         self.accelerator, self.objective = accelerator, objective
         self.process, self.main = accelerator.process_index, accelerator.is_main_process
+        if accelerator.distributed_type.value == "DEEPSPEED":  # it sees no data loader
+            plugin = accelerator.state.deepspeed_plugin
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
         self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
 
     def place(self, batch):
@@ -333,14 +336,15 @@ class _Together(_Alone):
         self.accelerator.backward(loss)
 
     def clip(self, max_norm):
-        return self.accelerator.clip_grad_norm_(self.wrapped.parameters(), max_norm)
+        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), max_norm)
+        return torch.as_tensor(0.0 if norm is None else norm)  # DeepSpeed may say None
 
     def mean(self, figures: dict[str, float]) -> dict[str, float]:
         row = torch.tensor(list(figures.values()), device=self.accelerator.device)
         return dict(zip(figures, self.accelerator.reduce(row, "mean").tolist(), strict=True))
 
 
-def _processes(objective, optimizer, accelerator) -> _Alone:
+def _processes(objective, optimizer, accelerator, checkpoints) -> _Alone:
     if accelerator is None and "ACCELERATE_MIXED_PRECISION" in os.environ:  # launched
         accelerator = require("accelerate", "llm").Accelerator()
     if accelerator is None:
@@ -350,7 +354,18 @@ def _processes(objective, optimizer, accelerator) -> _Alone:
         raise ValueError(f"accelerator: expected one of {started} processes, as many as "
                          f"were started, got one of {accelerator.num_processes}; without "
                          "a GPU, launch with ACCELERATE_USE_CPU=true")
+    _refuse_pieces(objective, checkpoints, accelerator.distributed_type.value)
     return _Together(objective, optimizer, accelerator)
+
+# %% ../nbs/library/08_training.ipynb #73ed06f5
+def _refuse_pieces(objective, checkpoints, kind: str) -> None:
+    if kind not in ("FSDP", "DEEPSPEED"):
+        return
+    for name, there in (("checkpoints", checkpoints is not None),
+                        ("objective", getattr(objective, "whole_weights", False))):
+        if there:
+            raise ValueError(f"{name}: expected processes that hold whole weights (launch "
+                             f"with --multi_gpu), got {kind}, which gives each a piece")
 
 # %% ../nbs/library/08_training.ipynb #4e466e99
 def fit(
@@ -371,7 +386,7 @@ def fit(
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(
         [p for p in objective.parameters() if p.requires_grad],
         lr=lr, weight_decay=weight_decay, fused=True)
-    processes = _processes(objective, optimizer, accelerator)
+    processes = _processes(objective, optimizer, accelerator, checkpoints)
     optimizer = processes.optimizer
     start, frozen = 0, b""
     history: list[dict[str, float]] = []

@@ -22,6 +22,7 @@ class PolicyObjective(nn.Module):
 
     policy: Policy
     critic: Critic
+    whole_weights = True  # the policy samples between the steps
 
     def __init__(self, policy: Policy, critic: Critic, algorithm: Algorithm):
         super().__init__()
