@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['RESULTS_PACKAGE', 'PAPERS', 'COLUMNS', 'WIDTH', 'LONGEST_KEY', 'SIGNS', 'TABLE_STYLE', 'TABLE', 'PALETTE', 'DASHES',
-           'VERDICT_COLOURS', 'GREY', 'BEGIN', 'END', 'PICTURE', 'PAGE_STYLE', 'STYLE', 'PAGE', 'Paper',
-           'results_folder', 'committed_results', 'number', 'p_value', 'interval', 'rows', 'summary', 'claims_table',
-           'heading', 'machine', 'footing', 'claims_html', 'ClaimsTable', 'show_claims', 'series', 'png', 'alt_text',
-           'plot', 'LiveCurves', 'dots', 'readme_table', 'update_readme', 'update_picture', 'write_report']
+           'VERDICT_COLOURS', 'GREY', 'TEXTS_STYLE', 'TEXTS', 'BEGIN', 'END', 'PICTURE', 'PAGE_STYLE', 'STYLE', 'PAGE',
+           'Paper', 'results_folder', 'committed_results', 'number', 'p_value', 'interval', 'rows', 'summary',
+           'claims_table', 'heading', 'machine', 'footing', 'claims_html', 'ClaimsTable', 'show_claims', 'series',
+           'png', 'alt_text', 'plot', 'LiveCurves', 'dots', 'written', 'texts_html', 'WrittenTexts', 'show_texts',
+           'readme_table', 'update_readme', 'update_picture', 'write_report']
 
 # %% ../nbs/library/12_report.ipynb #2f9ee06d
 import base64
 import hashlib
 import io
 import os
+import re
 import sys
 import textwrap
 import time
@@ -330,8 +332,13 @@ def series(
 
 def _mean_curve(
     curves:Sequence[tuple[list, list]], # (x, y) of each seed
+    measured:bool=False, # x is a result too, such as a KL, not the step it was taken at
 )->tuple[list, list]: # x that every seed has, mean y there
     "The mean over seeds, only where all of them are measured."
+    if measured:
+        looks = zip(*(zip(x, y, strict=True) for x, y in curves), strict=False)
+        means = [tuple(map(fmean, zip(*look, strict=True))) for look in looks]
+        return [x for x, _ in means], [y for _, y in means]
     at = [dict(zip(x, y, strict=True)) for x, y in curves]
     shared = sorted(set(at[0]).intersection(*at[1:]))
     return shared, [fmean(values[x] for values in at) for x in shared]
@@ -354,11 +361,15 @@ def _figure(
         alt = ""
 
         def _repr_png_(self):
-            return png(self), {"alt": self.alt}
+            width = round(self.get_figwidth() * 96) # CSS pixels: sharp on any screen
+            return png(self), {"alt": self.alt, "width": width}
 
     return ShownFigure(figsize=(width, height), layout="constrained")
 
 # %% ../nbs/library/12_report.ipynb #b8678c60
+def _measured(spec:Plot)->bool:
+    return spec.x != "step"
+
 def _title(spec:Plot, records:Sequence[Record])->str:
     return spec.title if isinstance(spec.title, str) else spec.title(list(records))
 
@@ -367,7 +378,8 @@ def alt_text(
     records:Sequence[Record],
 )->str: # one paragraph
     "What the figure shows, in words: the finding, the axes, where each arm ends."
-    means = {arm: _mean_curve(c) for arm, c in series(spec, records).items()}
+    measured, found = _measured(spec), series(spec, records)
+    means = {arm: _mean_curve(curves, measured) for arm, curves in found.items()}
     ends = [f"{arm} ends at {number(y[-1])}" for arm, (_, y) in means.items() if y]
     axes = f"{spec.ylabel} against {spec.xlabel}, mean over seeds"
     return f"{_title(spec, records)}. {axes}: {'; '.join(ends)}."
@@ -378,12 +390,13 @@ def _draw_arm(
     arm:str,
     curves:Sequence[tuple[list, list]], # (x, y) of each seed
     style:dict[str, Any],
+    measured:bool=False, # as in `_mean_curve`
 ):
     "Every seed thin, the mean thick."
     for x, y in curves:
         axes.plot(x, y, linewidth=0.8, alpha=0.35, **style)
     label = f"{arm} ({len(curves)})"
-    axes.plot(*_mean_curve(curves), linewidth=2.4, label=label, **style)
+    axes.plot(*_mean_curve(curves, measured), linewidth=2.4, label=label, **style)
 
 def _plain_axes(axes:"Axes"):
     "Two spines and a light grid."
@@ -404,7 +417,7 @@ def plot(
     figure, styles = _figure(7.6, 4.2), _line_styles([*arms, *spec.arms])
     axes = figure.add_subplot()
     for arm, curves in found.items():
-        _draw_arm(axes, arm, curves, styles[arm])
+        _draw_arm(axes, arm, curves, styles[arm], _measured(spec))
     title = textwrap.fill(_title(spec, records), 72)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", parse_math=False)
     axes.set_xlabel(spec.xlabel, parse_math=False)
@@ -463,12 +476,20 @@ class LiveCurves:
         shell = _shell()
         if shell is None or not (last or hasattr(shell, "kernel")):
             return
-        from IPython.display import display
+        from IPython.display import clear_output, display
         self._drawn = time.monotonic()
-        if self._handle is None:
+        if _in_callback(shell):
+            clear_output(wait=True)
+            display(self.figure())
+        elif self._handle is None:
             self._handle = display(self.figure(), display_id=True)
         else:
             self._handle.update(self.figure())
+
+def _in_callback(shell:Any)->bool:
+    "Whether a widget called: its output area takes new pictures, no update of an old one."
+    parent = shell.kernel.get_parent() if hasattr(shell, "kernel") else {}
+    return parent.get("header", {}).get("msg_type") == "comm_msg"
 
 def _shell()->Any: # IPython's, if this is one
     ipython = sys.modules.get("IPython")
@@ -523,6 +544,83 @@ def dots(
     means = [f"{c['key']} {number(c['value'])} {interval(c['ci95'])}" for c in shown]
     figure.alt = f"Each claim's seeds, mean and 95 % interval: {'; '.join(means)}."
     return figure
+
+# %% ../nbs/library/12_report.ipynb #1a429ecc
+def written(
+    records:Iterable[Record],
+    name:str="responses",   # among the records' texts
+    arms:Sequence[str]=(),  # these, in this order; none: all, by name
+)->tuple[int, dict[str, list[str]]]: # seed, {arm: lines}
+    "What a stage's arms wrote on one seed: where most did. ValueError: nowhere."
+    found: dict[tuple[int, str], dict[str, list[str]]] = {}
+    for r in sorted(records, key=lambda r: (r.seed, r.arm)):
+        if r.texts.get(name) and (not arms or r.arm in arms):
+            found.setdefault((r.seed, r.stage), {})[r.arm] = r.texts[name]
+    if not found:
+        raise ValueError(f"records: none of {list(arms) or 'them'} has texts {name!r}")
+    (seed, _), wrote = max(found.items(), key=lambda item: len(item[1]))
+    return seed, {arm: wrote[arm] for arm in arms or wrote if arm in wrote}
+
+def _marked(text:str)->list[tuple[str, bool]]:
+    "Pieces, and whether each stood in brackets."
+    pieces = re.split(r"\[([^\[\]]*)\]", text)
+    return [(piece, i % 2 == 1) for i, piece in enumerate(pieces) if piece]
+
+# %% ../nbs/library/12_report.ipynb #5324e94e
+TEXTS_STYLE = """
+.texts { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.5; }
+.texts th, .texts td { text-align: left; vertical-align: top; min-width: 11em;
+  padding: 8px 16px 8px 0; border-bottom: 1px solid #d8dde3; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+.texts th { font-weight: 600; border-bottom: 2px solid #6b7683; }
+.texts mark { color: inherit; background: #ffe3cf; border-bottom: 2px solid #a63c00; }
+"""
+
+TEXTS = """
+<table class="texts">
+<thead><tr>{% for arm in arms %}<th>{{ arm }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}<tr>{% for cell in row %}<td>
+{%- for text, mark in cell %}{% if mark %}<mark>{{ text }}</mark>
+{%- else %}{{ text }}{% endif %}{% endfor %}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+</table>
+"""
+
+def texts_html(
+    columns:Mapping[str, Sequence[str]], # {arm: lines}
+)->str: # a <table>, every text escaped
+    "The arms' lines side by side, with marks for brackets."
+    rows = [[_marked(line) for line in row]
+            for row in zip_longest(*columns.values(), fillvalue="")]
+    return _rendered(TEXTS, arms=list(columns), rows=rows)
+
+# %% ../nbs/library/12_report.ipynb #594452e9
+@dataclass(frozen=True)
+class WrittenTexts:
+    "Shows itself in Jupyter, in a terminal and in an exported notebook."
+    seed: int
+    columns: Mapping[str, Sequence[str]]
+
+    def __repr__(self) -> str:
+        blocks = []
+        for arm, lines in self.columns.items():
+            head = f"{arm} (seed {self.seed})"
+            shown = [head, *(f"  {line}" for line in lines)]
+            blocks.append("\n".join(_printable(line) for line in shown))
+        return "\n\n".join(blocks)
+
+    def _repr_html_(self) -> str:
+        caption = _rendered("<p>Seed {{ seed }}</p>", seed=self.seed)
+        return f"<style>{TEXTS_STYLE}</style>{caption}{texts_html(self.columns)}"
+
+def show_texts(
+    records:Iterable[Record],
+    name:str="responses",   # among the records' texts
+    arms:Sequence[str]=(),  # these, in this order; none: all, by name
+)->WrittenTexts: # the last expression of a cell
+    "What the arms of one seed wrote, side by side."
+    return WrittenTexts(*written(records, name, arms))
 
 # %% ../nbs/library/12_report.ipynb #c5574447
 BEGIN, END = "<!-- papers: begin -->", "<!-- papers: end -->"
@@ -606,7 +704,7 @@ dd { margin: 0; }
 figure { margin: 24px 0; }
 figure img { max-width: 100%; height: auto; display: block; }
 """
-STYLE = PAGE_STYLE + TABLE_STYLE
+STYLE = PAGE_STYLE + TABLE_STYLE + TEXTS_STYLE
 
 # %% ../nbs/library/12_report.ipynb #3fd8e2f5
 PAGE = """<!doctype html>
@@ -633,7 +731,11 @@ run. What failed is shown like what held.</p>
 <p>Thin lines are seeds, thick ones their mean.</p>
 {% endif %}{% for f in s.plots %}<figure>
 <img src="{{ f.src }}" width="{{ f.width }}" alt="{{ f.alt }}"></figure>
-{% endfor %}{% if s.dots %}<h3>Every seed</h3>
+{% endfor %}{% if s.texts %}<h3>What was written</h3>
+<p>Seed {{ s.seed }}, one column an arm, one row a prompt. Marked: what the data does
+not support.</p>
+<div class="scroll">{{ s.texts }}</div>
+{% endif %}{% if s.dots %}<h3>Every seed</h3>
 <p>A dot is a seed, the diamond their mean, the bar its 95 % interval; the grey line is
 zero.</p>
 <figure>
@@ -655,14 +757,36 @@ def _image(figure)->dict[str, Any]:
     uri = "data:image/png;base64," + base64.b64encode(png(figure)).decode()
     return {"src": uri, "width": round(figure.get_figwidth() * 96), "alt": figure.alt}
 
-def _facts(results:Mapping[str, Any])->list[tuple[str, str]]:
+# %% ../nbs/library/12_report.ipynb #6d5bfdc5
+def _facts(
+    results:Mapping[str, Any],
+    records:Sequence[Record],
+)->list[tuple[str, str]]: # terms and texts
+    "Where a paper's numbers come from."
     versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items())
-    return [
-        ("scale", results["scale"]), ("seeds", span(results["seeds"])),
-        ("latest run, minutes", f"{results['seconds'] / 60:.1f}"), ("machine", machine(results)),
-        ("commit", results["commit"]), ("versions", versions),
-        ("verdicts", summary(results["claims"])),
-    ]
+    latest = (f"{results['scale']}, seeds {span(results['seeds'])}, "
+              f"{results['seconds'] / 60:.1f} minutes on {machine(results)}, "
+              f"commit {results['commit']}")
+    work = [("all jobs", _work(records))] if records else []
+    return [("latest run", latest), *_scales(results["claims"]), *work,
+            ("versions", versions), ("verdicts", summary(results["claims"]))]
+
+def _scales(claims:Sequence[Mapping[str, Any]])->list[tuple[str, str]]:
+    "What each scale's claims stand on."
+    facts = []
+    for scale in dict.fromkeys(claim["scale"] for claim in claims):
+        here = [claim for claim in claims if claim["scale"] == scale]
+        seeds = sorted({seed for claim in here for seed in claim["seeds"]})
+        commits = ", ".join(sorted({claim["commit"] for claim in here}))
+        run = f"seeds {span(seeds)}, commit {commits}" if seeds else "no seed has run"
+        facts.append((f"claims at {scale}", f"{len(here)}, {run}"))
+    return facts
+
+def _work(records:Sequence[Record])->str:
+    "Jobs, minutes, machines."
+    machines = Counter(str(r.machine.get("processor", "unknown")) for r in records)
+    minutes = sum(r.seconds for r in records) / 60
+    return f"{len(records)}, {minutes:.0f} minutes of one core, on {', '.join(machines)}"
 
 # %% ../nbs/library/12_report.ipynb #db73044e
 def _ambiguous(records:Iterable[Record])->str: # a job that has two records, or ""
@@ -674,45 +798,54 @@ def _current(
     results:Mapping[str, Any],
     records:Iterable[Record],
 )->list[Record]: # those of the paper's jobs as they are now
-    config = getattr(paper.Config, results["scale"])()
     seeds = sorted({seed for claim in results["claims"] for seed in claim["seeds"]})
-    keys = {job.key for job in needs_first(paper.jobs(config, seeds))}
+    scales = {results["scale"], *(claim["scale"] for claim in results["claims"])}
+    configs = [getattr(paper.Config, scale)() for scale in sorted(scales)]
+    jobs = [job for config in configs for job in paper.jobs(config, seeds)]
+    keys = {job.key for job in needs_first(jobs)}
     return [r for r in records if r.key in keys]
 
 # %% ../nbs/library/12_report.ipynb #e1d8caaf
-def _figures(
+def _of_today(
     results:Mapping[str, Any],
     records:Sequence[Record],
-)->tuple[list["Figure"], str]: # figures; why some are missing
-    "The paper's figures for which there are records."
+)->tuple[ModuleType | None, list[Record], str]: # its module, what to show, why not more
+    "The paper's records that one code has written."
     if not records or not PAPERS[results["paper"]].built:
-        return [], ""
+        return None, [], ""
     try:
         paper = import_module(f"alignkit.papers.{results['paper']}")
     except ImportError as error:
-        return [], f"No curves: {error}"
-    if twice := _ambiguous(records):
-        records = _current(paper, results, records)
-    if not records:
-        return [], f"No curves: {twice} has two records, both of other code than this."
-    specs = paper.plots()
+        return None, [], f"No curves: {error}"
+    twice = _ambiguous(records)
+    kept = _current(paper, results, records) if twice else list(records)
+    remark = f"No curves: {twice} has two records, both of other code than this."
+    return paper, kept, "" if kept else remark
+
+def _figures(paper:ModuleType | None, records:Sequence[Record])->list["Figure"]:
+    "The paper's figures for which there are records."
+    specs = paper.plots() if paper else []
     arms = list(dict.fromkeys(arm for spec in specs for arm in spec.arms))
-    return [plot(spec, records, arms) for spec in specs if series(spec, records)], ""
+    return [plot(spec, records, arms) for spec in specs if series(spec, records)]
 
 # %% ../nbs/library/12_report.ipynb #c463f885
 def _section(
     results:Mapping[str, Any],
     committed:Mapping[str, Any]|None,
     figures:"Sequence[Figure]",
+    records:Sequence[Record]=(), # whose texts are shown, and whose work is counted
     remark:str="",
 )->dict[str, Any]: # what the page's template shows of one paper
     from markupsafe import Markup
 
     paper, claims = PAPERS[results["paper"]], results["claims"]
+    wrote = any(r.texts.get("responses") for r in records)
+    seed, columns = written(records) if wrote else (None, {})
     return {
         "key": paper.key, "name": paper.name,
         "title": paper.title, "arxiv": paper.arxiv,
-        "facts": _facts(results), "remark": remark,
+        "facts": _facts(results, records), "remark": remark,
+        "seed": seed, "texts": Markup(texts_html(columns)) if wrote else None,
         "table": Markup(claims_html(results, committed)),
         "dots": _image(dots(claims)) if _with_points(claims) else None,
         "plots": [_image(f) for f in figures],
@@ -734,9 +867,10 @@ def _page_sections(
             results = load_results(path)
             if results["paper"] != paper:
                 raise ValueError(f"{path}: holds {results['paper']}, not {paper}")
-            figures, remark = _figures(results, load_records(folder, paper))
+            module, records, remark = _of_today(results, load_records(folder, paper))
+            figures = _figures(module, records)
             committed = committed_results(paper) if beside else None
-            sections.append(_section(results, committed, figures, remark))
+            sections.append(_section(results, committed, figures, records, remark))
     return sections
 
 def write_report(

@@ -34,7 +34,7 @@ SCRIPTS = [
 FIELDS = ["key", "statement", "paper_value", "source", "accept", "note", "commit"]
 PAGE_TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "section", "a",
              "dl", "dt", "dd", "div", "table", "thead", "tbody", "tr", "th", "td", "br", "span",
-             "figure", "img"}
+             "figure", "img", "mark"}
 PAGE_ATTRIBUTES = {"lang", "charset", "http-equiv", "content", "name", "id", "class", "href", "src",
                    "width", "alt"}
 
@@ -157,6 +157,15 @@ def test_every_seed_is_drawn_and_the_mean_is_the_mean():
     assert "bspo ends at 5.00; ppo ends at -4.00" in figure.alt
 
 
+def test_the_mean_against_a_measured_x_is_the_mean_of_each_look():
+    """KL differs from seed to seed (and is 0 for all at the start): no x is shared but the first."""
+    spec = replace(SPEC, x="kl", arms=("ppo",))
+    curves = [record("ppo", s, [0.0, end], kl=[0.0, kl]) for s, end, kl in ((1, 2.0, 4.0), (2, 4.0, 8.0))]
+    [mean] = [line for line in report.plot(spec, curves).axes[0].lines if line.get_linewidth() > 2]
+    assert mean.get_xydata().tolist() == [[0.0, 0.0], [6.0, 3.0]]
+    assert "ppo ends at 3.00" in report.alt_text(spec, curves)
+
+
 def test_an_arm_keeps_its_colour_in_another_figure():
     def colour(figure, label):
         [line] = [x for x in figure.axes[0].lines if x.get_label().startswith(label)]
@@ -241,11 +250,13 @@ def test_text_is_data_in_the_head_and_in_figures(payload, tmp_path):
     hostile = results(entry(), machine={"processor": payload}, versions={payload: payload},
                       commit=payload)
     spec = Plot("gold", "gold", payload, payload, ("ppo",))
-    section = report._section(hostile, hostile, [report.plot(spec, RECORDS)], payload)
+    texts = [replace(RECORDS[0], arm=payload, texts={"responses": [payload, f"[{payload}]"]})]
+    section = report._section(hostile, hostile, [report.plot(spec, RECORDS)], texts, payload)
     parsed = Parsed(report._page([section]))
     assert {tag for tag, _ in parsed.tags} <= PAGE_TAGS
     assert {name for _, attributes in parsed.tags for name in attributes} <= PAGE_ATTRIBUTES
     assert any(payload in attributes.get("alt", "") for _, attributes in parsed.tags)
+    assert "".join(parsed.texts).count(payload.replace("\0", "\ufffd")) >= 3 or "\0" in payload
 
 
 def test_page_loads_nothing_and_runs_nothing(tmp_path):
@@ -265,9 +276,24 @@ def test_page_loads_nothing_and_runs_nothing(tmp_path):
 
 def test_page_says_what_ran_where(tmp_path):
     seen = " ".join(" ".join(Parsed(page(tmp_path, results(entry()))).texts).split())
-    for text in ("a laptop, 2 cores", "abc1234", "100–102", "latest run, minutes 1.5", "python 3.11",
-                 "1 reproduced", "figure 4", "above 0", "[2.00, 4.00]"):
+    for text in ("latest run mini, seeds 100–102, 1.5 minutes on a laptop, 2 cores, commit abc1234",
+                 "claims at mini 1, seeds 100–104, commit abc1234", "python 3.11", "1 reproduced",
+                 "figure 4", "above 0", "[2.00, 4.00]"):
         assert text in seen, text
+
+
+def test_page_says_what_each_scale_stands_on_and_what_all_jobs_took():
+    found = results(entry(), entry("9c.1", scale="small", seeds=[3, 4, 5, 6, 7], commit="fff0000"),
+                    entry("9c.2", per_seed=(), scale="small", commit="fff0000"),
+                    entry("1", per_seed=(), scale="paper", verdict="not tested"))
+    made = [replace(r, seconds=30.0, machine={"processor": name})
+            for r, name in zip(RECORDS, ("one", "two", "one", "one", "one", "one"), strict=True)]
+    facts = dict(report._facts(found, made))
+    assert facts["claims at mini"] == "1, seeds 100–104, commit abc1234"
+    assert facts["claims at small"] == "2, seeds 3–7, commit fff0000"
+    assert facts["claims at paper"] == "1, no seed has run"
+    assert facts["all jobs"] == "6, 3 minutes of one core, on one, two"
+    assert "all jobs" not in dict(report._facts(found, []))
 
 
 def bspo_records(seeds):
@@ -300,10 +326,22 @@ def test_records_from_before_a_change_are_not_averaged_in(tmp_path):
     old = [replace(r, key=f"old{i}", curves={**r.curves, "gold": [9.0, 9.0]})
            for i, r in enumerate(made)]
     found = results(entry())
-    [gold, *_], remark = report._figures(found, old + made)
+    paper, kept, remark = report._of_today(found, old + made)
+    gold = report._figures(paper, kept)[0]
     assert remark == "" and max(max(line.get_ydata()) for line in gold.axes[0].lines) == 1.0
-    figures, remark = report._figures(found, old + [replace(r, key="x" + r.key) for r in old])
-    assert figures == [] and "two records" in remark
+    _, kept, remark = report._of_today(found, old + [replace(r, key="x" + r.key) for r in old])
+    assert kept == [] and "two records" in remark
+
+
+def test_records_of_every_scale_among_the_claims_are_kept():
+    pytest.importorskip("transformers")
+    from alignkit.papers import bspo
+
+    made = [record("ppo", 100, [0.0], key=job.key)
+            for job in (bspo.jobs(bspo.Config.mini(), [100])[-1],
+                        bspo.jobs(bspo.Config.small(), [100])[-1])]
+    found = results(entry(seeds=[100]), entry("9c.1", seeds=[100], scale="small"))
+    assert report._current(bspo, found, [*made, record("ppo", 100, [9.0], key="old")]) == made
 
 
 def test_a_missing_extra_leaves_the_curves_out_and_says_so(tmp_path, monkeypatch):
@@ -311,8 +349,8 @@ def test_a_missing_extra_leaves_the_curves_out_and_says_so(tmp_path, monkeypatch
         raise ModuleNotFoundError("transformers is not installed: pip install 'alignkit[llm]'")
 
     monkeypatch.setattr(report, "import_module", missing)
-    figures, remark = report._figures(results(entry()), RECORDS)
-    assert figures == [] and "pip install 'alignkit[llm]'" in remark
+    paper, kept, remark = report._of_today(results(entry()), RECORDS)
+    assert paper is None and kept == [] and report._figures(paper, kept) == [] and "pip install 'alignkit[llm]'" in remark
 
 
 def test_report_of_nothing_is_an_error(tmp_path):
@@ -332,6 +370,48 @@ def test_image_is_sharp_and_has_its_size(tmp_path):
     shown = report._image(figure)
     width, _ = Image.open(io.BytesIO(base64.b64decode(shown["src"].split(",")[1]))).size
     assert width >= 1.4 * shown["width"]
+
+
+# What was written
+
+
+def writer(arm, seed, *lines, name="responses"):
+    return replace(record(arm, seed, [0.0]), texts={name: list(lines)})
+
+
+WRITERS = [writer("ppo", 101, "b"), writer("bspo", 100, "only one"), writer("bspo", 101, "a", "a [b] c"),
+           writer("wco", 101, "w", name="other"), record("uwo", 101, [0.0]),
+           replace(writer("small.ppo", 101, "of another stage, so of other prompts"), stage="small")]
+
+
+def test_texts_stand_side_by_side_for_one_seed():
+    assert report.written(WRITERS) == (101, {"bspo": ["a", "a [b] c"], "ppo": ["b"]})
+    assert list(report.written(WRITERS, arms=("ppo", "bspo"))[1]) == ["ppo", "bspo"]
+    assert report.written(WRITERS, arms=("bspo",)) == (100, {"bspo": ["only one"]})
+    shown = report.show_texts(WRITERS)
+    parsed = Parsed(shown._repr_html_())
+    assert sum(tag == "tr" for tag, _ in parsed.tags) == 3 and "mark" in dict(parsed.tags)
+    cells = [text for text in parsed.texts if text.strip()]
+    assert cells[-7:] == ["bspo", "ppo", "a", "b", "a ", "b", " c"]
+    assert repr(shown) == "bspo (seed 101)\n  a\n  a [b] c\n\nppo (seed 101)\n  b"
+
+
+def test_texts_that_nobody_kept_are_an_error():
+    with pytest.raises(ValueError, match="none of them has texts 'thoughts'"):
+        report.show_texts(WRITERS, "thoughts")
+    with pytest.raises(ValueError, match=r"none of \['uwo'\] has texts 'responses'"):
+        report.show_texts(WRITERS, arms=("uwo",))
+
+
+def test_page_shows_the_texts_of_the_records(tmp_path):
+    _, made = bspo_records([100])
+    policies = [r for r in made if r.arm in ("ppo", "bspo")]
+    texts = {"ppo": "the [odd] word", "bspo": "the word"}
+    save_records(tmp_path, [replace(r, texts={"responses": [texts[r.arm]]}) for r in policies])
+    html = page(tmp_path, results(entry()))
+    assert "the <mark>odd</mark> word" in html and "Seed 100" in html
+    save_records(tmp_path, made)
+    assert "<mark>" not in page(tmp_path, results(entry()))
 
 
 # README and notebooks
