@@ -183,18 +183,21 @@ def run_own(args: argparse.Namespace) -> int:
     "`alignkit run PAPER --model M --data F`"
     out = Path(args.out or f"runs/{args.paper}/own")
     own, config = own_config(args)
-    print(f"alignkit {__version__}: {args.paper} on {args.model}, seed {args.first_seed}, in {out}",
-          flush=True)
+    if own.leads():
+        print(f"alignkit {__version__}: {args.paper} on {args.model}, seed {args.first_seed}, "
+              f"in {out}", flush=True)
     try:
         jobs = own.own_jobs(config, args.first_seed)
     except (ValueError, OSError) as error: # the model or its data cannot be read
         raise CommandError(str(error)) from error
-    records, failure = execute(jobs, out, 1, args.fresh)
-    if failure:
-        raise CommandError(failure)
-    for name, value in records[-1].scalars.items():
-        print(f"{name:<18}{value:.3f}")
-    print(f"policy: {jobs[-1].folder(out) / 'policy'}")
+    try:
+        records = own.run_jobs(jobs, out, args.fresh)
+    except runs.JobsFailed as failure:
+        raise CommandError(str(failure)) from failure
+    for record in records[-1:]: # none in a process that does not lead
+        for name, value in record.scalars.items():
+            print(f"{name:<18}{value:.3f}")
+        print(f"policy: {jobs[-1].folder(out) / 'policy'}")
     return 0
 
 # %% ../nbs/library/13_cli.ipynb #e05400a2
@@ -338,7 +341,7 @@ def at_least(low: int) -> Callable[[str], int]:
 # %% ../nbs/library/13_cli.ipynb #830e2dd6
 def a_change(text: str) -> str:
     "An argparse type: NAME=VALUE."
-    if not re.fullmatch(r"[a-z_]+=.*", text):
+    if not re.fullmatch(r"[a-z_]+=.*", text, re.DOTALL):
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     return text
 

@@ -71,9 +71,10 @@ def _check(row: Mapping[str, Any], columns: Sequence[str]) -> None:
             raise ValueError(f"column {name!r} is missing")
         if not _is_text(row[name]):
             raise ValueError(f"{name}: expected text or a list of messages, "
-                             f"got {json.dumps(row[name])[:80]}")
+                             f"got {json.dumps(row[name], default=str)[:80]}")
     kinds = {name: type(row[name]).__name__ for name in columns}
-    if len(set(kinds.values())) > 1:
+    answers = {kind for name, kind in kinds.items() if name != "prompt"}
+    if len(answers) > 1 or (kinds.get("prompt") == "list" and "str" in answers):
         raise ValueError(f"expected all columns to be text or all messages, got {kinds}")
     if "rejected" in columns and row["chosen"] == row["rejected"]:
         raise ValueError("chosen and rejected are the same")
@@ -179,7 +180,23 @@ def load_rows(
     if missing := [name for name in columns if name not in loaded.column_names]:
         raise ValueError(f"{source}: expected columns {list(columns)}, {missing} are not "
                          f"among {loaded.column_names}")
-    return loaded
+    return _checked(str(source), loaded, columns) if columns else loaded
+
+
+def _checked(source: str, loaded: "Dataset", columns: Sequence[str]) -> "Dataset":
+    "The rows that fit; how many do not is printed, with the first reason."
+    kept, faults = [], []
+    for number, row in enumerate(loaded.select_columns(list(columns))):
+        try:
+            _check(row, columns)
+            kept.append(number)
+        except ValueError as error:
+            faults.append(f"row {number}: {error}")
+    counts = f"{source}: {len(kept)} rows accepted, {len(faults)} rejected"
+    print(f"{counts}, first {faults[0]}" if faults else counts)
+    if not kept:
+        raise ValueError(f"{source}: no row has {list(columns)}")
+    return loaded.select(kept) if faults else loaded
 
 # %% ../nbs/library/04_data.ipynb #c32cb6f4
 def same_prompt(

@@ -169,6 +169,21 @@ def test_a_local_folder_is_loaded_by_datasets(tmp_path):
         load_rows(tmp_path, ("text",))
 
 
+def test_rows_of_a_folder_are_checked_like_those_of_a_file(tmp_path, capsys):
+    good = [{"role": "user", "content": "4"}]
+    rows = [{"prompt": "2+2?", "chosen": good, "rejected": [{"role": "user", "content": "5"}]},
+            {"prompt": "1+1?", "chosen": good, "rejected": good},
+            {"prompt": None, "chosen": good, "rejected": []}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert load_rows(tmp_path)["prompt"] == ["2+2?"]  # a text prompt before messages
+    assert "1 rows accepted, 2 rejected, first row 1: chosen and rejected are the same" \
+        in capsys.readouterr().out
+    (tmp_path / "train.jsonl").write_text(json.dumps(rows[1]))
+    with pytest.raises(ValueError, match="no row has"):
+        load_rows(tmp_path)
+    assert load_rows(tmp_path, ()).column_names == ["prompt", "chosen", "rejected"]
+
+
 def test_rows_of_one_prompt_never_part(tmp_path):
     datasets = pytest.importorskip("datasets")
     rng = random.Random(0)

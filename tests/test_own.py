@@ -7,11 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
+import datasets
+import own_steps
 import pytest
+import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from alignkit import cli, runs
 from alignkit.models.language import quiet_transformers, tiny_causal_lm
@@ -19,6 +25,7 @@ from alignkit.papers import bspo_own
 from alignkit.worlds.grammar import TokenGrammar, grammar_tokenizer, preference_dataset
 
 ALIGNKIT = Path(sys.executable).with_name("alignkit")
+STEPS = Path(__file__).with_name("own_steps.py")
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 SIZES = ("iterations=30", "completions=8", "max_new_tokens=8", "group_size=2", "scorelm_batch=8")
 REWARDS = '''
@@ -49,6 +56,9 @@ def mine(tmp_path_factory):
     pairs = list(preference_dataset(TokenGrammar(0), 60, seed=0))
     jsonl(folder / "pairs.jsonl", [*pairs, {"prompt": "a", "chosen": "b"}])
     jsonl(folder / "prompts.jsonl", [{"prompt": word} for word in "abcdef"])
+    jsonl(folder / "others.jsonl", [{"question": "a", "answer": "b"}])
+    jsonl(folder / "half.jsonl", [{"prompt": "a", "chosen": "b"}])
+    jsonl(folder / "few.jsonl", pairs[:1])
     (folder / "my_rewards.py").write_text(REWARDS)
     return folder
 
@@ -105,7 +115,7 @@ def test_comparisons_become_a_policy_that_transformers_loads(mine, tmp_path):
     assert not (policy_folder(killed) / "policy").exists()
     assert run(mine, killed).returncode == 0
     assert weights(killed) == weights(whole)
-    record = runs.load_records(whole, "bspo")[-1]
+    [record] = [r for r in runs.load_records(whole, "bspo") if r.stage == "train_own_policy"]
     assert len(record.texts["responses"]) == 6 and len(record.curves["reward"]) == 30
 
 
@@ -150,7 +160,12 @@ def test_another_file_or_model_is_another_run(mine, tmp_path):
 
 @pytest.mark.parametrize("data, more, status, message", [
     ("no.jsonl", (), 2, "--data: expected a file"),
-    ("prompts.jsonl", (), 1, "a scorer is required"),
+    ("prompts.jsonl", (), 1, "with prompt alone, a scorer is required"),
+    ("others.jsonl", (), 1, "data: expected the columns prompt, chosen, rejected"),
+    ("half.jsonl", (), 1, "no row has ['prompt', 'chosen', 'rejected']"),
+    ("few.jsonl", (), 1, "data: expected enough different prompts"),
+    ("pairs.jsonl", ("--set", "max_tokens=2"), 1, "data: expected rows of 1 to 2 tokens"),
+    ("pairs.jsonl", ("--model", "nowhere"), 1, "model: expected a folder or a name on the Hub"),
     ("prompts.jsonl", ("--scorer", "my_rewards"), 2, "--scorer: expected module:name"),
     ("prompts.jsonl", ("--scorer", "my_rewards:none"), 2, "cannot be imported"),
     ("prompts.jsonl", ("--scorer", "my_rewards:too_few"), 1, "expected a list of 8 numbers, got 1"),
@@ -160,6 +175,7 @@ def test_another_file_or_model_is_another_run(mine, tmp_path):
 def test_what_is_wrong_is_said_without_a_traceback(
         mine, tmp_path, monkeypatch, capsys, data, more, status, message):
     monkeypatch.chdir(mine)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert cli.main(command(mine, tmp_path, data, *more)) == status
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
@@ -180,6 +196,105 @@ def test_messages_go_through_the_chat_template(mine, tmp_path):
     assert bspo_own.as_text(tokenizer, "chosen", [*messages, {"content": "c"}]) == "c"
 
 
-def test_the_paper_is_a_configuration_of_the_same_run():
-    paper = bspo_own.OwnConfig.paper()
-    assert paper.lm_coef == 0.01 and paper.reward_model != paper.model
+def bytes_tokenizer(*more):
+    "One token a byte, as in the models of the paper: a begin, an end, and what else is named."
+    tokens = ["<s>", "</s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), *more]
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, []))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    special = {"pad_token": "<pad>"} if "<pad>" in more else {}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", **special)
+
+
+def saved_model(folder, tokenizer, seed):
+    with quiet_transformers():
+        tiny_causal_lm(tokenizer, seed, positions=256).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def binarized(i):
+    "A row with the columns of HuggingFaceH4/ultrafeedback_binarized; some answers are empty."
+    def talk(text):
+        return [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": text}]
+
+    chosen, rejected = talk("aa" * (i % 5)), talk("bbb" + "c" * (i % 3))
+    return {"prompt": f"q{i}", "prompt_id": str(i), "chosen": chosen, "rejected": rejected,
+            "messages": chosen, "score_chosen": 8.0, "score_rejected": 2.0}
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    "The paper's models and data, in its classes and columns, small enough for a test."
+    folder = tmp_path_factory.mktemp("miniature")
+    saved_model(folder / "policy", bytes_tokenizer("<pad>"), seed=0)
+    saved_model(folder / "reward", bytes_tokenizer(), seed=1)
+    (folder / "data" / "data").mkdir(parents=True)
+    table = datasets.Dataset.from_list([binarized(i) for i in range(60)])
+    table.to_parquet(folder / "data" / "data" / "train_prefs-00000-of-00001.parquet")
+    return folder
+
+
+def steps(miniature, out, *launcher):
+    env = ENV | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(STEPS.parents[1]),
+                 "HF_HOME": str(out.parent / "hf")}
+    done = subprocess.run([sys.executable, *launcher, STEPS, miniature, out], env=env,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def tensors(out, file):
+    [path] = out.glob(f"jobs/*/{file}/model.safetensors")
+    return load_file(path)
+
+
+def test_the_papers_configuration_ends_alike_in_one_process_and_in_two(miniature, tmp_path):
+    config = str(resources.files("alignkit") / "launch" / "cpu2.yaml")
+    one, two = tmp_path / "one", tmp_path / "two"
+    said = steps(miniature, one)
+    both = steps(miniature, two, "-m", "accelerate.commands.launch", "--config_file", config,
+                 "--main_process_port", "0")
+    assert "8 of 40 rows left out, empty or longer than 128 tokens" in said
+    assert both.count("rows left out") == said.count("rows left out")  # one process speaks
+    for name, start in (("scorelm", "reward"), ("policy", "policy")):
+        before = load_file(miniature / start / "model.safetensors")
+        expected, found = tensors(one, name), tensors(two, name)
+        for key, tensor in expected.items():
+            assert torch.allclose(found[key], tensor, atol=1e-4), key
+        moved = expected["model.norm.weight"] - before["model.norm.weight"]
+        assert moved.abs().max() > 5e-4
+    assert {r.stage for r in runs.load_records(two, "bspo")} == {
+        "train_own_scorelm", "train_own_policy"}
+
+
+def test_a_scorelm_reads_the_tokens_of_the_policy(miniature, mine):
+    config = own_steps.config(miniature)
+    tokenizer = bspo_own.load_tokenizer(config.model)
+    scorelm = bspo_own.start_scorelm(config, tokenizer)
+    assert scorelm.lm.config.vocab_size == len(tokenizer) == 259
+    again = bspo_own.start_scorelm(config, tokenizer)
+    assert torch.equal(scorelm.lm.lm_head.weight, again.lm.lm_head.weight)
+    other = replace(config, reward_model=str(mine / "model"))
+    with pytest.raises(ValueError, match="^reward_model: expected the tokens of .*policy, got 17"):
+        bspo_own.start_scorelm(other, tokenizer)
+
+
+def test_padding_is_found_or_asked_for(tmp_path):
+    bytes_tokenizer().save_pretrained(tmp_path / "ends")
+    assert bspo_own.load_tokenizer(str(tmp_path / "ends")).pad_token == "</s>"
+    tokenizer = bytes_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match="^model: expected a tokenizer with a padding or an end"):
+        bspo_own.load_tokenizer(str(tmp_path / "endless"))
+
+
+def test_another_reward_function_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path / "rewards_of_this_test.py"
+    contents = []
+    for text in ("def f(): pass", "def f(): return 1"):
+        source.write_text(text)
+        contents.append(bspo_own.own_config("m", "d", "rewards_of_this_test:f").content)
+    assert contents[0] != contents[1]
