@@ -9,11 +9,13 @@ __all__ = ['HUB_ID', 'PACKAGE', 'GGUF', 'VARIABLE', 'Weights', 'cache_folder', '
 import importlib.util
 import json
 import os
-import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .language import quiet_transformers
 from ..runs import require
 
 # %% ../../nbs/library/06b_models_weights.ipynb #02593cb3
@@ -43,23 +45,32 @@ def small_model(
     "The small model, looked for in five places; an error says how to get it."
     named = path or os.environ.get(VARIABLE)
     if named:
-        if not (Path(named) / "config.json").is_file():
-            raise FileNotFoundError(f"model: expected a folder with config.json, got "
-                                    f"{os.fspath(named)!r}")
-        return Weights(Path(named), "folder")
+        folder = Path(named).expanduser()
+        if not _is_model(folder):
+            raise FileNotFoundError(
+                f"{'path' if path else VARIABLE}: expected a folder with config.json, "
+                f"got {os.fspath(named)!r}")
+        return Weights(folder, "folder")
     if (found := _in_hub_cache()) is not None:
         return Weights(found, "hub")
-    if not (cache_folder() / "config.json").is_file():
-        _convert(_packaged())
+    if not _is_model(cache_folder()):
+        packaged = _packaged()
+        print(f"converting {packaged.name}, once, into {cache_folder()}", file=sys.stderr)
+        _appear(cache_folder(), lambda folder: _convert(packaged, folder))
     return Weights(cache_folder(), "package (Q4_1)")
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def _in_hub_cache() -> Path | None:
     hub = require("huggingface_hub", "llm")
-    config = hub.try_to_load_from_cache(HUB_ID, "config.json")
-    weights = hub.try_to_load_from_cache(HUB_ID, "model.safetensors")
-    both = isinstance(config, str) and isinstance(weights, str)
-    return Path(config).parent if both else None
+    found = [hub.try_to_load_from_cache(HUB_ID, name)
+             for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    folders = {Path(path).parent for path in found if isinstance(path, str)}
+    whole = len(folders) == 1 and all(isinstance(path, str) for path in found)
+    return folders.pop() if whole else None
 
 
 def _packaged() -> Path:
@@ -70,28 +81,39 @@ def _packaged() -> Path:
             return Path(folder) / GGUF
     raise FileNotFoundError(
         f"the small model is not here. Any of these will do: `make small`; "
-        f"`huggingface-cli download {HUB_ID}`; or {VARIABLE}=FOLDER with the model")
+        f"`hf download {HUB_ID}`; or {VARIABLE}=FOLDER with the model")
 
 # %% ../../nbs/library/06b_models_weights.ipynb #6b10986e
-def _convert(gguf: Path) -> None:
-    "Writes the packaged model to the cache as safetensors, with its tokenizer."
+def _convert(
+    gguf: Path,
+    folder: Path,  # an empty one
+) -> None:
+    "Writes the packaged model as safetensors, with its tokenizer."
     transformers = require("transformers", "llm")
     require("gguf", "llm")
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    read = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    config = type(read.config).from_dict(
-        {name: value for name, value in read.config.to_dict().items()
-         if name != "quantization_config"})
-    fresh = transformers.AutoModelForCausalLM.from_config(config)
-    fresh.load_state_dict(read.state_dict())
-    target = cache_folder()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent))
-    fresh.save_pretrained(folder)
+    with quiet_transformers():
+        read = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        config = type(read.config).from_dict(
+            {name: value for name, value in read.config.to_dict().items()
+             if name != "quantization_config"})
+        fresh = transformers.AutoModelForCausalLM.from_config(config)
+        fresh.load_state_dict(read.state_dict())
+        fresh.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "origin.json").write_text(json.dumps({"package": PACKAGE, "file": GGUF}))
-    try:
-        folder.rename(target)
-    except OSError:  # somebody else was faster
-        shutil.rmtree(folder)
+
+# %% ../../nbs/library/06b_models_weights.ipynb #261fdce3
+def _appear(target: Path, fill: Callable[[Path], None]) -> None:
+    "Makes the folder `target`, with what `fill` writes."
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        folder = Path(scratch, target.name)
+        folder.mkdir()
+        fill(folder)
+        try:
+            folder.rename(target)
+        except OSError:
+            if not _is_model(target):  # else somebody was faster
+                raise

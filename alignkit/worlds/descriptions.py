@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINING_TOPICS', 'HELD_OUT_TOPICS', 'FUNCTION_WORDS', 'WORST', 'SHARPNESS', 'prompt', 'GoldTerms', 'gold_terms',
-           'gold', 'compare']
+           'gold', 'compare', 'prompt_dataset', 'preference_dataset']
 
 # %% ../../nbs/library/05b_worlds_descriptions.ipynb #e115327b
 import functools
@@ -50,7 +50,7 @@ class GoldTerms:
     "What the gold reward of one description is made of; the sum is `total`."
 
     sentiment: float  # −2 to 2
-    on_topic: float  # .5 where the topic is named
+    on_topic: float  # .5 where the topic is named, in singular or plural
     proper_end: float  # .5 where the text ended by itself, with a full stop
     repetition: float  # −3 × the share of repeated words above 15 %
     stuffing: float  # −4 × the share of words with sentiment above 25 %
@@ -84,13 +84,19 @@ def gold_terms(
     stops = len(re.findall(r"[.!?]+", text))
     return GoldTerms(
         sentiment=2 * vader.polarity_scores(text)["compound"],
-        on_topic=0.5 * (topic.removesuffix("s") in text.lower()),
+        on_topic=0.5 * _named(topic, words),
         proper_end=0.5 * (ended and text.rstrip().endswith((".", "!"))),
         repetition=_penalty(3, 1 - len(set(words)) / n - 0.15),
         stuffing=_penalty(4, loaded - 0.25),
         grammar=_penalty(8, 0.2 - function),
         sentences=_penalty(0.5, stops - 1),
         junk=_penalty(0.3, _junk(text)))
+
+
+def _named(topic: str, words: Sequence[str]) -> bool:
+    "A word of its own: `heart` does not name art, nor `team` tea."
+    forms = {topic, topic + "s", *map(topic.removesuffix, ("s", "es", "ren"))}
+    return any(word.partition("'")[0] in forms for word in words)
 
 
 def _junk(text: str) -> int:
@@ -107,8 +113,11 @@ def gold(
     ended: Sequence[bool],
 ) -> np.ndarray:  # (N,) float64
     "Gold reward of each description."
+    lengths = len(texts), len(topics), len(ended)
+    if len(set(lengths)) > 1:
+        raise ValueError(f"texts, topics, ended: expected equal lengths, got {lengths}")
     rows = zip(texts, topics, ended, strict=True)
-    return np.array([gold_terms(*row).total for row in rows])
+    return np.array([gold_terms(*row).total for row in rows], dtype=np.float64)
 
 # %% ../../nbs/library/05b_worlds_descriptions.ipynb #d80255e8
 SHARPNESS = 1.6  # of a comparison, per unit of gold
@@ -120,6 +129,12 @@ def compare(
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (n,) topic, chosen and rejected answer
     "Pairs of different answers to one topic, in the order of a noisy judge's preference."
+    gold_rewards = np.asarray(gold_rewards)
+    if gold_rewards.ndim != 2 or 0 in gold_rewards.shape or gold_rewards.shape[1] < 2:
+        raise ValueError("gold_rewards: expected (topics, answers) with two answers or "
+                         f"more, got shape {gold_rewards.shape}")
+    if not np.isfinite(gold_rewards).all():
+        raise ValueError("gold_rewards: expected finite numbers, got NaN or infinity")
     rng = np.random.default_rng(derive_seed(seed, "comparisons"))
     topics, answers = gold_rewards.shape
     topic, first = rng.integers(topics, size=n), rng.integers(answers, size=n)
@@ -127,3 +142,31 @@ def compare(
     margin = gold_rewards[topic, first] - gold_rewards[topic, second]
     wins = rng.random(n) < 1 / (1 + np.exp(-SHARPNESS * margin))
     return topic, np.where(wins, first, second), np.where(wins, second, first)
+
+# %% ../../nbs/library/05b_worlds_descriptions.ipynb #bbc86f64
+def prompt_dataset(topics: Sequence[str] = TRAINING_TOPICS):
+    "Prompts (columns prompt, topic), one a topic, as a `datasets.Dataset`."
+    return require("datasets", "llm").Dataset.from_dict({
+        "prompt": [prompt(topic) for topic in topics], "topic": list(topics)})
+
+
+def preference_dataset(
+    topics: Sequence[str],
+    texts: Sequence[Sequence[str]],  # (topics, answers)
+    gold_rewards: np.ndarray,  # (topics, answers)
+    n: int,  # pairs
+    seed: int,
+):
+    "`compare`'s pairs with columns prompt, chosen, rejected, as a `datasets.Dataset`."
+    shape = len(topics), len(texts[0]) if texts else 0
+    if {len(row) for row in texts} != {shape[1]} or len(texts) != shape[0]:
+        raise ValueError("texts: expected as many answers to each of "
+                         f"{len(topics)} topics, got {[len(row) for row in texts]}")
+    if np.shape(gold_rewards) != shape:
+        raise ValueError(f"gold_rewards: expected shape {shape} of texts, "
+                         f"got {np.shape(gold_rewards)}")
+    topic, chosen, rejected = compare(gold_rewards, n, seed)
+    return require("datasets", "llm").Dataset.from_dict({
+        "prompt": [prompt(topics[k]) for k in topic],
+        "chosen": [texts[k][a] for k, a in zip(topic, chosen, strict=True)],
+        "rejected": [texts[k][a] for k, a in zip(topic, rejected, strict=True)]})
