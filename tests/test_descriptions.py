@@ -155,7 +155,7 @@ def test_prompts_are_equally_long_and_a_topic_is_one_token():
 
 
 def test_the_judge_is_bradley_terry():
-    rewards = np.random.default_rng(0).normal(1.0, 1.1, (72, 16))
+    rewards = np.random.default_rng(0).normal(1.3, 0.86, (72, 16))
     topic, chosen, rejected = compare(rewards, 40_000, seed=0)
     assert (chosen != rejected).all() and set(topic) == set(range(72))
     margin = rewards[topic, chosen] - rewards[topic, rejected]

@@ -5,9 +5,9 @@ import json
 import os
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 
 from alignkit.models import weights
 from alignkit.models.weights import (
@@ -47,7 +47,7 @@ def machine(monkeypatch, tmp_path):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest:
                         None if name == PACKAGE else find_spec(name, *rest))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(VARIABLE, raising=False)
     return tmp_path
@@ -166,27 +166,44 @@ def test_a_damaged_copy_is_not_passed_off_as_a_model(packaged):
     assert os.listdir(cache_folder()) == ["model.safetensors"]
 
 
-def test_the_packaged_model_is_converted_exactly_and_writes_sense(tmp_path):
-    gguf = pytest.importorskip("gguf", reason="needs the extra llm")
+@pytest.fixture
+def gguf_file():
+    pytest.importorskip("gguf", reason="needs the extra llm")
     try:
-        packaged = weights._packaged()
+        return weights._packaged()
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+def test_the_copy_holds_the_packaged_weights_and_writes_sense(gguf_file):
+    found = small_model()
+    if found.origin != "package (Q4_1)":
+        pytest.skip(f"the small model here is another: {found.origin}")
+    check_copy(gguf_file, found.path)
+
+
+@pytest.mark.soak
+def test_the_packaged_model_is_converted_exactly(gguf_file, tmp_path):
+    weights._convert(gguf_file, tmp_path)
+    check_copy(gguf_file, tmp_path)
+
+
+def check_copy(gguf_file: Path, folder: Path):
+    import gguf
     import transformers
 
-    weights._convert(packaged, tmp_path)
-    assert json.loads((tmp_path / "origin.json").read_text())["file"] == packaged.name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    lm = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    own, layer = lm.get_input_embeddings().weight, lm.model.layers[29]
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(packaged).tensors}
-    for name, parameter in (("token_embd.weight", own),
-                            ("blk.29.attn_v.weight", layer.self_attn.v_proj.weight),
-                            ("blk.29.ffn_down.weight", layer.mlp.down_proj.weight)):
+    assert json.loads((folder / "origin.json").read_text())["file"] == gguf_file.name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    embedding, last = lm.get_input_embeddings().weight, lm.model.layers[29]
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_file).tensors}
+    for name, parameter in (("token_embd.weight", embedding),
+                            ("blk.29.attn_v.weight", last.self_attn.v_proj.weight),
+                            ("blk.29.ffn_down.weight", last.mlp.down_proj.weight)):
         tensor = stored[name]
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         assert torch.equal(parameter.detach(), torch.from_numpy(values)), name
-    assert lm.get_output_embeddings().weight is own
+    assert lm.get_output_embeddings().weight is embedding
     question = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(question, add_generation_prompt=True,
                                         return_tensors="pt", return_dict=True)

@@ -120,7 +120,7 @@ def gold(
     return np.array([gold_terms(*row).total for row in rows], dtype=np.float64)
 
 # %% ../../nbs/library/05b_worlds_descriptions.ipynb #d80255e8
-SHARPNESS = 1.6  # of a comparison, per unit of gold
+SHARPNESS = 2.0  # of a comparison, per unit of gold
 
 
 def compare(
