@@ -104,13 +104,18 @@ class ScoreLMObjective(nn.Module):
         self.scorelm, self.lm_coef = scorelm, lm_coef
 
     def forward(self, pairs: PreferencePairs) -> tuple[Tensor, dict]:
+        if not self.lm_coef:
+            return self._preference_loss(self.scorelm.scores(pairs.answers))
         scored = self.scorelm(pairs.answers)
-        chosen, rejected = scored.scores.chunk(2)
-        preference_loss = -F.logsigmoid(chosen - rejected).mean()
+        loss, figures = self._preference_loss(scored.scores)
         lm_loss = mean_nll(scored.behaviour, pairs.answers)
-        return preference_loss + self.lm_coef * lm_loss, {
-            "preference_loss": preference_loss.detach(), "lm_loss": lm_loss.detach(),
-            "accuracy": (chosen > rejected).float().mean()}
+        return loss + self.lm_coef * lm_loss, figures | {"lm_loss": lm_loss.detach()}
+
+    def _preference_loss(self, scores: Tensor) -> tuple[Tensor, dict]:
+        chosen, rejected = scores.chunk(2)
+        loss = -F.logsigmoid(chosen - rejected).mean()
+        return loss, {"preference_loss": loss.detach(),
+                      "accuracy": (chosen > rejected).float().mean()}
 
 
 def fit_scorelm(
@@ -120,7 +125,7 @@ def fit_scorelm(
     steps: int,
     batch_size: int,
     lr: float,
-    lm_coef: float,  # α of the paper
+    lm_coef: float,  # α of the paper; at 0 the LM head is not asked
     seed: int,
     **options,
 ) -> list[dict[str, float]]:

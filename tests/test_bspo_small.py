@@ -1,6 +1,7 @@
 """The real model's experiment, on a tiny model with a vocabulary of the prompts' words."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from alignkit import runs
 from alignkit.claims import at_scale, evaluate
 from alignkit.models.language import quiet_transformers
-from alignkit.models.split import PooledScoreLM, join, split
+from alignkit.models.split import PooledScoreLM, join, split, with_trunk
 from alignkit.papers import bspo, bspo_small
 from alignkit.worlds.descriptions import HELD_OUT_TOPICS, TRAINING_TOPICS, prompt
 
@@ -45,7 +46,8 @@ def config(model_folder):
     return bspo_small.SmallConfig(
         model=str(model_folder), frozen_layers=2, max_new_tokens=6, answers=4,
         preference_pairs=64, scorelm_steps=10, iterations=2, completions=8, group_size=2,
-        minibatches=2, evaluate_every=1, evaluation_answers=2)
+        minibatches=2, evaluate_every=1, evaluation_answers=2, long_iterations=3,
+        dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def test_the_proxy_is_calibrated_on_the_pool(finished, config):
     folder = job_folder(out, "train_proxy-small.proxy")
     writer = bspo_small.Writer.load(config)
     scorelm = PooledScoreLM.load(folder, writer.upper, config.temperature)
-    pairs = pool.part(held_out=False).pairs(
+    pairs, _ = pool.part(held_out=False).pairs(
         config.preference_pairs, runs.derive_seed(SEED, "pairs"))
     with torch.no_grad():
         scores = scorelm.scores(pairs.answers)
@@ -107,7 +109,60 @@ def test_responses_are_kept_with_their_unsupported_tokens_marked(finished):
     _, records = finished
     for record in records:
         if record.stage == "train_small_policy":
-            assert len(record.texts["responses"]) == bspo_small.SHOWN_RESPONSES
+            assert [line.partition(" → ")[0] for line in record.texts["responses"]] == list(
+                HELD_OUT_TOPICS[:bspo_small.SHOWN_RESPONSES])
+        if record.stage != "train_proxy":
+            assert record.texts["weights"] == ["folder"]
+
+
+def test_best_of_n_is_the_answer_that_the_proxy_likes(finished, config):
+    out, records = finished
+    [proxy] = [r for r in records if r.arm == "small.proxy"]
+    pool = bspo_small.Pool.load(job_folder(out, "sample_pool-small.pool")).part(True)
+    writer = bspo_small.Writer.load(config)
+    scorelm = PooledScoreLM.load(job_folder(out, "train_proxy-small.proxy"), writer.upper)
+    eps_beta = proxy.scalars["eps_beta"]
+    for name in ("best_of_n", "best_of_n_supported"):
+        for n, reported in zip(proxy.curves["n"], proxy.curves[name], strict=True):
+            gold = []
+            for topic in range(len(HELD_OUT_TOPICS)):
+                answers = list(range(int(n)))
+                supported = [a for a in answers if not bool(
+                    (pool.logps[topic, a].exp() <= eps_beta).any())]
+                if name == "best_of_n_supported":
+                    answers = supported or answers
+                rows = ([topic] * len(answers), answers)
+                best = scorelm.scores(pool.answers(rows)).argmax()
+                gold.append(float(pool.gold[topic, answers[int(best)]]))
+            assert reported == pytest.approx(sum(gold) / len(gold), abs=1e-5)
+
+
+def test_learned_weights_are_float32_whatever_the_products_are(
+        config, finished, tmp_path):
+    half = replace(config, dtype="bfloat16")
+    writer = bspo_small.Writer.load(half)
+    policy = writer.policy()
+    assert {p.dtype for p in writer.trunk.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
+    samples = writer.answers(policy, TRAINING_TOPICS, 2, seed=0)
+    rollout = SimpleNamespace(inputs=samples.tokens)
+    again = policy.evaluate(rollout)
+    assert (again.logps - samples.logps).abs().max() < 0.1
+    (again.logps.sum() + again.entropy.sum()).backward()
+    exact = bspo_small.Writer.load(config).policy()
+    tokens = with_trunk(exact.trunk, replace(samples.tokens, trunk=None))
+    reference = exact.evaluate(SimpleNamespace(inputs=tokens))
+    (reference.logps.sum() + reference.entropy.sum()).backward()
+    gradients, expected = (
+        torch.cat([p.grad.flatten() for p in x.parameters() if p.requires_grad])
+        for x in (policy, exact))
+    assert torch.cosine_similarity(gradients, expected, 0) > 0.99
+    assert abs(gradients.norm() / expected.norm() - 1) < 0.05
+    records = runs.run(bspo_small.jobs(half, [SEED], arms=["bspo"]), tmp_path, processes=1)
+    assert {r.key for r in records}.isdisjoint(r.key for r in finished[1])
+    saved = load_file(job_folder(tmp_path, "train_small_policy-small.bspo")
+                      / "upper.safetensors")
+    assert {p.dtype for p in saved.values()} == {torch.float32}
 
 
 def test_a_pool_that_was_killed_goes_on_at_the_next_piece(finished, config, tmp_path):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tokens', 'row_chunks', 'encode_prompts', 'encode', 'model_inputs', 'label_ids', 'tiny_config', 'from_seed',
            'tiny_causal_lm', 'quiet_transformers', 'Evaluation', 'completion_hidden', 'completion_logps',
-           'LanguagePolicy', 'LanguageCritic', 'tiny_critic']
+           'LanguagePolicy', 'fast_dtype', 'LanguageCritic', 'tiny_critic']
 
 # %% ../../nbs/library/06_models_language.ipynb #ae64cdb9
 import os
@@ -242,19 +242,27 @@ class LanguagePolicy(nn.Module):
         lm,  # any transformers causal language model
         temperature: float = 1.0,  # of sampling, and so of every log-probability
         trunk=None,  # frozen lower part, where `lm` is the upper one of `models.split`
+        compute_dtype: torch.dtype | None = None,  # of products; None: as the weights
     ):
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature: expected above 0, got {temperature}")
         self.lm, self.temperature, self.trunk = lm, temperature, trunk
+        self.compute_dtype = compute_dtype
+
+    def computing(self):
+        "The context in which the model multiplies in `compute_dtype`."
+        return torch.autocast(self.lm.device.type, self.compute_dtype,
+                              enabled=self.compute_dtype is not None)
 
     def evaluate(
         self,
         rollout,  # anything whose `inputs` are Tokens
     ) -> Evaluation:  # differentiable in the model's weights
         tokens = rollout.inputs
-        found = completion_logps(self.lm, completion_hidden(self.lm, tokens), tokens,
-                                 self.temperature)
+        with self.computing():
+            found = completion_logps(self.lm, completion_hidden(self.lm, tokens), tokens,
+                                     self.temperature)
         return Evaluation(found.logps, found.entropy)
 
     def save_pretrained(self, folder: str | Path):
@@ -270,6 +278,15 @@ class LanguagePolicy(nn.Module):
     ) -> "LanguagePolicy":
         auto = require("transformers", "llm").AutoModelForCausalLM
         return cls(auto.from_pretrained(os.fspath(name), **options), temperature)
+
+# %% ../../nbs/library/06_models_language.ipynb #00e64604
+def fast_dtype(device: str) -> torch.dtype:
+    "bfloat16 where the device multiplies it in hardware, float32 elsewhere."
+    if torch.device(device).type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 # %% ../../nbs/library/06_models_language.ipynb #a3da0db0
 class LanguageCritic(nn.Module):

@@ -36,8 +36,9 @@ def sample_policy(
     **options,  # for `generate.local.sample`
 ) -> Samples:
     "Completions at the policy's temperature, through its trunk, within its restriction."
-    return sample(policy.lm, prompt_ids, attention_mask, trunk=policy.trunk,
-                  allowed=policy.allowed, temperature=policy.temperature, **options)
+    with policy.computing():
+        return sample(policy.lm, prompt_ids, attention_mask, trunk=policy.trunk,
+                      allowed=policy.allowed, temperature=policy.temperature, **options)
 
 # %% ../../nbs/library/10c_rl_language.ipynb #1d163da6
 @dataclass
