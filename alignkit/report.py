@@ -768,7 +768,9 @@ def _facts(
               f"{results['seconds'] / 60:.1f} minutes on {machine(results)}, "
               f"commit {results['commit']}")
     work = [("all jobs", _work(records))] if records else []
-    return [("latest run", latest), *_scales(results["claims"]), *work,
+    weights = sorted({line for r in records for line in r.texts.get("weights", ())})
+    used = [("pretrained weights", ", ".join(weights))] if weights else []
+    return [("latest run", latest), *_scales(results["claims"]), *work, *used,
             ("versions", versions), ("verdicts", summary(results["claims"]))]
 
 def _scales(claims:Sequence[Mapping[str, Any]])->list[tuple[str, str]]:

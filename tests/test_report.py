@@ -294,6 +294,9 @@ def test_page_says_what_each_scale_stands_on_and_what_all_jobs_took():
     assert facts["claims at paper"] == "1, no seed has run"
     assert facts["all jobs"] == "6, 3 minutes of one core, on one, two"
     assert "all jobs" not in dict(report._facts(found, []))
+    assert "pretrained weights" not in facts
+    made = [replace(r, texts={"weights": ["hub"]}) for r in made]
+    assert dict(report._facts(found, made))["pretrained weights"] == "hub"
 
 
 def bspo_records(seeds):
@@ -301,7 +304,7 @@ def bspo_records(seeds):
     pytest.importorskip("transformers")
     from alignkit.papers import bspo
 
-    plots = bspo.plots()
+    plots = [spec for spec in bspo.plots() if "bspo" in spec.arms]  # those of this scale
     curves = {name: [0.0, 1.0] for spec in plots for name in (spec.x, spec.y)}
     ends = dict.fromkeys([f"{spec.y}_end" for spec in plots], 1.0)
     jobs = needs_first(bspo.jobs(bspo.Config.mini(), seeds))

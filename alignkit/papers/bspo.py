@@ -988,6 +988,7 @@ def plots() -> list[Plot]:
              _title("proxy", "The proxy at the end"), ARMS),
         Plot("unsupported", "unsupported", "unsupported words of 8",
              _title("unsupported", "Words outside the grammar at the end"), ARMS),
+        *bspo_small.plots(),
     ]
 
 # %% ../../nbs/papers/01_bspo.ipynb #8c79cce0

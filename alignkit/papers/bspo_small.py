@@ -6,7 +6,7 @@
 __all__ = ['BURNT_SEEDS', 'DEGENERATE', 'RECALL_EPS', 'ARMS', 'EXTRA_ARMS', 'EXTRA_SEEDS', 'PREFIX', 'LABELS', 'EVALUATED',
            'SHOWN_RESPONSES', 'SHARED_FIELDS', 'STAGE_FIELDS', 'ARM_FIELDS', 'KL_COEFS', 'REGIME_ARMS', 'Figures',
            'SmallConfig', 'Writer', 'sample_pool', 'Pool', 'train_proxy', 'ShuffledSupport', 'Players', 'load_players',
-           'train_small_policy', 'jobs', 'regime_jobs', 'claims']
+           'train_small_policy', 'jobs', 'regime_jobs', 'claims', 'plots']
 
 # %% ../../nbs/papers/01a_bspo_small.ipynb #3e76cd88
 import copy
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from .. import runs
-from ..claims import Claim, Greater, Reported, difference, scalar
+from ..claims import Claim, Greater, Plot, Reported, difference, scalar
 from ..generate.local import Samples
 from alignkit.models.language import (
     LanguagePolicy,
@@ -612,4 +612,32 @@ def claims() -> list[Claim]:
               (f"-{value:g}", f"_{value:g}", f"{value:g}") for value in RECALL_EPS))),
         _claim("9c.best-of-n", "gold of the best of 16 by proxy, supported answers "
                "less all", ["proxy"], _filter_lead, Reported()),
+    ]
+
+# %% ../../nbs/papers/01a_bspo_small.ipynb #8d1222ce
+def _title(name: str, words: str) -> Callable[[Sequence[Record]], str]:
+    def title(records: Sequence[Record]) -> str:
+        ends = {arm: list(_of(arm, f"{name}_end")(records).values()) for arm in ARMS}
+        return f"{words}: " + ", ".join(
+            f"{LABELS[arm]} {np.mean(values):.2f}" for arm, values in ends.items() if values)
+
+    return title
+
+
+def plots() -> list[Plot]:
+    "Gold by update and by KL, the proxy, and unsupported tokens."
+    arms = tuple(PREFIX + arm for arm in (*ARMS, *EXTRA_ARMS))
+
+    def plot(y: str, ylabel: str, words: str, key: str = "", **axis) -> Plot:
+        return Plot(f"{PREFIX}{key or y}", y, ylabel,
+                    _title(y, f"Real model, {words} at the end"), arms, **axis)
+
+    update = {"xlabel": "PPO update"}
+    return [
+        plot("gold", "gold reward, held-out topics", "gold", **update),
+        plot("gold", "gold reward, held-out topics", "gold", key="gold-kl",
+             x="kl_initial", xlabel="KL to the initial policy, nats a response"),
+        plot("proxy", "reward trained on, held-out topics", "proxy", **update),
+        plot("unsupported", "unsupported tokens a response", "unsupported tokens",
+             **update),
     ]
