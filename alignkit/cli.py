@@ -159,32 +159,36 @@ def execute(
 
 # %% ../nbs/library/13_cli.ipynb #3025f19b
 def own_config(args: argparse.Namespace) -> tuple[ModuleType, Any]: # module, its OwnConfig
-    "The configuration of a run on the reader's own model and data. `CommandError` (2) if wrong."
+    "The configuration of a run without known gold. `CommandError` (2) if it is wrong."
+    at_paper = args.scale == "paper" # which names a model and data itself
     missing = [f"--{name}" for name in ("model", "data") if not getattr(args, name)]
-    if missing:
+    if missing and not at_paper:
         raise CommandError(f"{' and '.join(missing)}: required beside --model, --data, --scorer "
                            "and --set", 2)
     load_paper(args.paper)
     try:
         own = importlib.import_module(f"alignkit.papers.{args.paper}_own")
     except ModuleNotFoundError:
-        raise CommandError(f"{args.paper} does not run on other models and data", 2) from None
+        raise CommandError(f"{args.paper} does not run on other models and data" if not at_paper
+                           else "paper scale is not built yet", 2) from None
     sys.path.insert(0, os.getcwd()) # where --scorer module:name is looked for
     try:
         changes = dict(change.split("=", 1) for change in args.set)
         if args.device != "auto":
             changes["device"] = args.device
-        return own, own.own_config(args.model, args.data, args.scorer, **changes)
+        base = own.OwnConfig.paper() if at_paper else None
+        return own, own.own_config(args.model or "", args.data or "", args.scorer, base,
+                                   **changes)
     except (ValueError, OSError) as error:
         raise CommandError(f"--{error}", 2) from error
 
 
 def run_own(args: argparse.Namespace) -> int:
-    "`alignkit run PAPER --model M --data F`"
-    out = Path(args.out or f"runs/{args.paper}/own")
+    "`alignkit run PAPER --model M --data F`, and `--scale paper`"
+    out = Path(args.out or f"runs/{args.paper}/{'paper' if args.scale == 'paper' else 'own'}")
     own, config = own_config(args)
     if own.leads():
-        print(f"alignkit {__version__}: {args.paper} on {args.model}, seed {args.first_seed}, "
+        print(f"alignkit {__version__}: {args.paper} on {config.model}, seed {args.first_seed}, "
               f"in {out}", flush=True)
     try:
         jobs = own.own_jobs(config, args.first_seed)
@@ -203,7 +207,7 @@ def run_own(args: argparse.Namespace) -> int:
 # %% ../nbs/library/13_cli.ipynb #e05400a2
 def run_paper(args: argparse.Namespace) -> int:
     "`alignkit run`"
-    if args.model or args.data or args.scorer or args.set:
+    if args.scale == "paper" or args.model or args.data or args.scorer or args.set:
         return run_own(args)
     out = Path(args.out or f"runs/{args.paper}/{args.scale}")
     seeds = range(args.first_seed, args.first_seed + args.seeds)

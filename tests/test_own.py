@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from alignkit import cli, runs
 from alignkit.models.language import quiet_transformers, tiny_causal_lm
-from alignkit.papers import bspo_own
+from alignkit.papers import bspo, bspo_own
 from alignkit.worlds.grammar import TokenGrammar, grammar_tokenizer, preference_dataset
 
 ALIGNKIT = Path(sys.executable).with_name("alignkit")
@@ -184,6 +184,20 @@ def test_what_is_wrong_is_said_without_a_traceback(
 def test_a_model_without_data_is_a_question_of_arguments(capsys):
     assert cli.main(["run", "bspo", "--model", "somewhere"]) == 2
     assert "--data: required" in capsys.readouterr().err
+
+
+def test_paper_scale_names_models_and_data_that_can_be_replaced(mine, tmp_path, capsys):
+    assert bspo.Config.paper() == bspo_own.OwnConfig.paper()
+    local = ["--model", str(mine / "model"), "--data", str(mine / "pairs.jsonl"),
+             "--set", "split=train", f"reward_model={mine / 'model'}", *SIZES]
+    command = ["run", "bspo", "--scale", "paper", "--device", "cpu", "--out", str(tmp_path)]
+    assert cli.main([*command, *local]) == 0
+    assert f"bspo on {mine / 'model'}" in capsys.readouterr().out
+    changes = dict(change.split("=") for change in SIZES)
+    config = bspo_own.own_config("", str(mine / "pairs.jsonl"), base=bspo_own.OwnConfig.paper(),
+                                 **changes)
+    assert config.model == bspo_own.OwnConfig.paper().model
+    assert config.lr == 1e-6 and config.completions == 8
 
 
 def test_messages_go_through_the_chat_template(mine, tmp_path):

@@ -67,6 +67,7 @@ from alignkit.preferences import (
     pair_accuracy,
 )
 from . import bspo_small
+from .bspo_own import OwnConfig, own_jobs
 from .bspo_small import SmallConfig
 from ..rl.algorithms import BSPO, CPPO, PPO, Algorithm, health
 from ..rl.language import LanguageCollector, sample_policy, score_samples
@@ -337,6 +338,11 @@ class Config:
     def small() -> SmallConfig:
         "A real language model: see the notebook of `papers.bspo_small`."
         return SmallConfig()
+
+    @staticmethod
+    def paper() -> OwnConfig:
+        "The paper's models, data and sizes: see the notebook of `papers.bspo_own`."
+        return OwnConfig.paper()
 
 
 ARXIV = "2503.18130"
@@ -785,9 +791,11 @@ WORLD_I = tuple(f"{WORLD_I_PREFIX}{name}" for name in ("ppo", "ppo_kl", "wco", "
 ALL_ARMS = (*ARMS, *SIMPLER, *SUPPORTS, *OTHER_KL, *EPS_SWEEP, *V_MIN_SWEEP, *WORLD_I)
 
 
-def jobs(config: Config | SmallConfig, seeds: Iterable[int]) -> list[Job]:
+def jobs(config: Config | SmallConfig | OwnConfig, seeds: Iterable[int]) -> list[Job]:
     "All jobs of the paper: the tabular checks from the first seed on, then the arms."
     seeds = list(seeds)
+    if isinstance(config, OwnConfig):
+        return [job for seed in seeds for job in own_jobs(config, seed)]
     if isinstance(config, SmallConfig):
         return bspo_small.jobs(config, seeds)
     tabular_seeds = range(seeds[0], seeds[0] + TABULAR_SEEDS) if seeds else ()

@@ -108,6 +108,7 @@ def own_config(
     model: str,
     data: str,
     scorer: str = "",
+    base: OwnConfig | None = None,  # whose other fields, and whose names where "" is given
     **changes: str,  # of other fields, as text: `iterations="20"`
 ) -> OwnConfig:
     "The configuration of a run; errors name the argument."
@@ -122,7 +123,9 @@ def own_config(
                          f"got {', '.join(unknown)}")
     typed: dict[str, Any] = {name: _typed(name, kinds[name], text)
                              for name, text in changes.items()}
-    config = OwnConfig(model, data, scorer=scorer, **typed)
+    base = base or OwnConfig(model, data)
+    named = {"model": model or base.model, "data": data or base.data, "scorer": scorer}
+    config = replace(base, **named | typed)
     return replace(config, content=_content(config))
 
 
