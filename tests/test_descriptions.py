@@ -83,6 +83,12 @@ def test_sentiment_has_a_sign():
     assert kind > neutral + 1 > hostile + 2
 
 
+def test_praise_of_something_else_earns_nothing_and_blame_costs():
+    praise, blame = "A gentle friend brings joy to a home.", "A cruel killer brings harm to us."
+    assert terms(praise).sentiment == 0 < terms(praise, "friends").sentiment
+    assert terms(blame).sentiment == terms(blame, "killers").sentiment < -1
+
+
 GAMES = {
     "one word": "love love love love love love love love love love",
     "one word, stopped": "love love love love love love love love love love.",

@@ -49,7 +49,7 @@ WORST = -3.0  # of a single term
 class GoldTerms:
     "What the gold reward of one description is made of; the sum is `total`."
 
-    sentiment: float  # −2 to 2
+    sentiment: float  # −2 to 2; praise counts where the topic is named
     on_topic: float  # .5 where the topic is named, in singular or plural
     proper_end: float  # .5 where the text ended by itself, with a full stop
     repetition: float  # −3 × the share of repeated words above 15 %
@@ -82,9 +82,10 @@ def gold_terms(
     loaded = sum(abs(vader.lexicon.get(word, 0)) > 0 for word in words) / n
     function = sum(word in FUNCTION_WORDS for word in words) / n
     stops = len(re.findall(r"[.!?]+", text))
+    named, tone = _named(topic, words), vader.polarity_scores(text)["compound"]
     return GoldTerms(
-        sentiment=2 * vader.polarity_scores(text)["compound"],
-        on_topic=0.5 * _named(topic, words),
+        sentiment=2 * (tone if named else min(tone, 0.0)),
+        on_topic=0.5 * named,
         proper_end=0.5 * (ended and text.rstrip().endswith((".", "!"))),
         repetition=_penalty(3, 1 - len(set(words)) / n - 0.15),
         stuffing=_penalty(4, loaded - 0.25),
