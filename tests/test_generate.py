@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from alignkit.generate.local import draw, sample
+from alignkit import ops
+from alignkit.generate.local import sample
 from alignkit.models.language import tiny_causal_lm
 from alignkit.models.split import split, with_trunk
 from alignkit.training import generator
@@ -104,7 +105,7 @@ def plainly(lm, ids, mask, length, seed, eos, pad=16):
         with torch.no_grad():
             logits = lm(input_ids=ids, attention_mask=mask.long(),
                         position_ids=positions).logits[:, -1]
-        token, logp = draw(logits, u, 0.8)
+        token, logp = ops.sample_tokens(logits, u, temperature=0.8)
         token = token.masked_fill(done, pad)
         ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, ~done[:, None]], 1)
         logps.append(logp.masked_fill(done, 0.0))

@@ -37,12 +37,16 @@ def samples(name):
     if name == "token_logps_backward":
         saved = logits.amax(1), (logits - logits.amax(1, True)).logsumexp(1)
         yield torch.randn(B), torch.randn(B), logits, ids, torch.rand(B), *saved, 1.0, None
+    if name == "sample_tokens":
+        yield logits, torch.rand(B), 1.0, None
+        yield logits.bfloat16(), torch.rand(B), 0.7, "cpu"
+        yield logits, torch.rand(B).double(), 0.7, "reference"
     if name == "flags":
         yield flags.float(), "mask"
 
 
 def test_the_list_of_operators_is_the_registry():
-    assert set(OPERATORS) == {"gae", "supported_gae", "token_logps"}
+    assert set(OPERATORS) == {"gae", "supported_gae", "token_logps", "sample_tokens"}
     assert set(REGISTERED) == {n for n in dispatch._functions if "." not in n}
 
 
@@ -59,23 +63,25 @@ def compiled(f, backend="aot_eager"):
     return torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
 
 
-def three_operators(rewards, values, flags, logits, ids):
+def all_operators(rewards, values, flags, logits, ids):
     advantages = ops.gae(rewards * 2, values, flags, 0.9, truncated=flags, mask=flags)
     floored, targets = ops.supported_gae(rewards, values, flags > 0, -2.0, mask=flags)
     out = ops.token_logps(logits * 0.5, ids, temperature=0.7, eps_beta=0.1)
     support = out.supported.float().sum()
+    drawn, logps = ops.sample_tokens(logits, torch.full(ids.shape, 0.5), temperature=0.7)
+    support = support + drawn.float().sum() + logps.sum()
     return (advantages + floored + targets).sum() + (out.logps + out.entropy).sum() + support
 
 
 def test_one_graph_serves_every_shape():
     require("cpu")
-    f = compiled(three_operators)
+    f = compiled(all_operators)
     for B, T, V in [(2, 3, 5), (4, 9, 6), (3, 17, 11)]:
         x = (torch.randn(B, T), torch.randn(B, T + 1), (torch.rand(B, T) < 0.5).float())
         ids = torch.randint(0, V, (B,))
         logits, same = (torch.randn(B, V).requires_grad_() for _ in range(2))
         same.data.copy_(logits.data)
-        expected, got = three_operators(*x, same, ids), f(*x, logits, ids)
+        expected, got = all_operators(*x, same, ids), f(*x, logits, ids)
         torch.testing.assert_close(got, expected)
         got.backward()
         expected.backward()

@@ -12,7 +12,7 @@ COMPILE = """
 import itertools, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from alignkit._triton import advantages, logprobs
+from alignkit._triton import advantages, logprobs, sampling
 
 F32, BF16, I8, I64, INT = "*fp32", "*bf16", "*u8", "*i64", "i32"
 FLAGS = ("HAS_END", "HAS_CUT", "HAS_BOOTSTRAP", "HAS_MASK", "HAS_FLOOR")
@@ -38,6 +38,9 @@ for arch in (80, 90):
               log_sums=F32), {"BLOCK_V": 4096}, arch)
         build(logprobs._token_logps_bwd, rows | dict(grad_logps=F32, grad_entropy=F32,
               entropy=F32, tops=F32, log_sums=F32, grad=dtype), {"BLOCK_V": 4096}, arch)
+        draw = dict(logits=dtype, uniforms=F32, ids=I64, logps=F32, stride=INT, V=INT,
+                    inverse_temperature="fp32")
+        build(sampling._sample_tokens_fwd, draw, {"BLOCK_V": 4096}, arch)
 print("compiled")
 """
 

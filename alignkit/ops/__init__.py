@@ -14,6 +14,7 @@ from alignkit.ops.logprobs import (
     token_logps,
     token_logps_reference,
 )
+from alignkit.ops.sampling import sample_tokens, sample_tokens_reference
 
 __all__ = [
     "Backend",
@@ -23,6 +24,8 @@ __all__ = [
     "gae_reference",
     "linear_token_logps",
     "linear_token_logps_reference",
+    "sample_tokens",
+    "sample_tokens_reference",
     "supported_gae",
     "supported_gae_reference",
     "token_logps",

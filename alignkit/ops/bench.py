@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CASES', 'gae_loop', 'supported_gae_loop', 'log_softmax_gather', 'Case', 'gae_case', 'supported_gae_case',
-           'token_logps_case', 'alternate', 'measure', 'bench']
+           'token_logps_case', 'multinomial_gather', 'sample_tokens_case', 'alternate', 'measure', 'bench']
 
 # %% ../../nbs/kernels/09_bench.ipynb #e1528c62
 import statistics
@@ -74,6 +74,7 @@ class Case(NamedTuple):
     peer_name: str
     peer: Callable[[], Any]
     moved: int # bytes that must be read and written
+    check: Callable[[], tuple[Any, Any]] | None = None # pair to compare, if not ours and peer
 
 # %% ../../nbs/kernels/09_bench.ipynb #fbfc094a
 def _random() -> torch.Generator:
@@ -114,11 +115,34 @@ def token_logps_case(N: int, V: int, dtype: torch.dtype, device: str) -> Case:
                 N * V * logits.element_size())
 
 # %% ../../nbs/kernels/09_bench.ipynb #15add66b
+def multinomial_gather(
+    logits: Tensor, # (N, V)
+) -> tuple[Tensor, Tensor]: # (N,) ids, (N,) log-probabilities
+    "A token and its log-probability as trainers draw them."
+    logps = torch.log_softmax(logits.float(), -1)
+    ids = torch.multinomial(logps.exp(), 1)
+    return ids[:, 0], logps.gather(1, ids)[:, 0]
+
+
+def sample_tokens_case(N: int, V: int, dtype: torch.dtype, device: str) -> Case:
+    "`sample_tokens`."
+    logits = (3 * torch.randn(N, V, generator=_random())).to(device, dtype)
+    uniforms = torch.rand(N, generator=_random()).to(device)
+    return Case("sample_tokens", (N, V), str(dtype).removeprefix("torch."),
+                lambda: ops.sample_tokens(logits, uniforms),
+                "softmax + multinomial + gather", lambda: multinomial_gather(logits),
+                N * V * logits.element_size(),
+                lambda: (ops.sample_tokens(logits, uniforms),
+                         ops.sample_tokens_reference(logits, uniforms)))
+
+# %% ../../nbs/kernels/09_bench.ipynb #e3342f05
 CASES: dict[str, list[Callable[[str], Case]]] = {
     "gae": [partial(gae_case, 256, 1024), partial(gae_case, 4096, 128)],
     "supported_gae": [partial(supported_gae_case, 256, 512)],
     "token_logps": [partial(token_logps_case, 256, 32000, dtype)
                     for dtype in (torch.float32, torch.bfloat16)],
+    "sample_tokens": [partial(sample_tokens_case, 128, 49152, dtype)
+                      for dtype in (torch.float32, torch.bfloat16)],
 }
 
 # %% ../../nbs/kernels/09_bench.ipynb #83d8fc2a
@@ -146,7 +170,8 @@ def measure(
     rounds: int = 20,
 ) -> dict[str, Any]: # one row of the table
     "Check that both do the same work, then time them and a copy of as many bytes."
-    torch.testing.assert_close(case.ours(), case.peer(), rtol=1e-3, atol=1e-3)
+    pair = case.check() if case.check else (case.ours(), case.peer())
+    torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-3)
     half = case.moved // 2 # a copy reads and writes
     source = torch.zeros(half, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

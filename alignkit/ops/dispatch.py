@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLOATS', 'FLAGS', 'IDS', 'library', 'check_rank', 'check_tensor', 'check_number', 'define', 'define_gradient',
            'refuse_unless', 'Backend', 'extension', 'problem', 'backends', 'choose', 'check_backend', 'warn_slow',
-           'dense', 'pointer', 'device_of', 'wide', 'wide_dtype']
+           'dense', 'pointer', 'rows_of', 'row_pointer', 'device_of', 'wide', 'wide_dtype']
 
 # %% ../../nbs/kernels/00_dispatch.ipynb #71cdf994
 import contextlib
@@ -243,6 +243,20 @@ def pointer(
 ) -> int:
     "Address of the first element; 0 for None."
     return 0 if x is None else x.data_ptr()
+
+# %% ../../nbs/kernels/00_dispatch.ipynb #ac85c9c5
+def rows_of(
+    x: Tensor, # (N, V)
+) -> Tensor: # (N, V), the entries of a row side by side; rows may be apart
+    "`x` as kernels of rows read it: copied only where it must be."
+    usable = x.stride(1) == 1 and not x.is_neg()
+    return x if usable else x.resolve_neg().contiguous()
+
+def row_pointer(
+    x: Tensor, # what `rows_of` gave, float32 or bfloat16
+) -> tuple[int, bool, int]: # address, whether bfloat16, distance of rows
+    "How C++ sees such rows."
+    return pointer(x), x.dtype == torch.bfloat16, x.stride(0)
 
 # %% ../../nbs/kernels/00_dispatch.ipynb #f399086c
 def device_of(

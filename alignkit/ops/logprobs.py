@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import dispatch
-from .dispatch import dense, pointer, wide
+from .dispatch import dense, pointer, row_pointer, rows_of, wide
 
 # %% ../../nbs/kernels/02_logprobs.ipynb #7b8455c5
 class TokenLogps(NamedTuple):
@@ -72,16 +72,9 @@ def _backward_by_reference(grad_logps, grad_entropy, logits, ids, entropy, top, 
     return grad.where((ids != IGNORE)[:, None], 0).to(logits.dtype)
 
 # %% ../../nbs/kernels/02_logprobs.ipynb #782c52b9
-def _rows(
-    logits: Tensor, # (N, V)
-) -> Tensor: # (N, V), the tokens of a row side by side; rows may be apart
-    usable = logits.stride(1) == 1 and not logits.is_neg()
-    return logits if usable else logits.resolve_neg().contiguous()
-
-# %% ../../nbs/kernels/02_logprobs.ipynb #2ee4514c
 def _on_cpu(logits, ids, temperature, *outputs):
     dispatch.extension("cpu").token_logps(
-        *_logits(logits), pointer(ids), temperature, *map(pointer, outputs),
+        *row_pointer(logits), pointer(ids), temperature, *map(pointer, outputs),
         *logits.shape)
 
 def _on_triton(logits, *args):
@@ -89,23 +82,20 @@ def _on_triton(logits, *args):
     with dispatch.device_of(logits):
         kernels.token_logps(logits, *args)
 
-def _logits(logits): # how C++ sees them
-    return pointer(logits), logits.dtype == torch.bfloat16, logits.stride(0)
-
-# %% ../../nbs/kernels/02_logprobs.ipynb #d3e2bbc9
+# %% ../../nbs/kernels/02_logprobs.ipynb #fcffc940
 def _forward_with(launch):
     def compute(logits, ids, temperature):
-        logits, ids = _rows(logits), dense(ids, torch.int64)
+        logits, ids = rows_of(logits), dense(ids, torch.int64)
         outputs = [logits.new_empty(len(ids), dtype=torch.float32) for _ in range(4)]
         launch(logits, ids, temperature, *outputs)
         return tuple(outputs)
     return compute
 
-# %% ../../nbs/kernels/02_logprobs.ipynb #0829b087
+# %% ../../nbs/kernels/02_logprobs.ipynb #248901c5
 def _backward_on_cpu(grad_logps, grad_entropy, logits, ids, entropy, top, log_sum,
                      temperature, grad):
     dispatch.extension("cpu").token_logps_backward(
-        pointer(grad_logps), pointer(grad_entropy), *_logits(logits), pointer(ids),
+        pointer(grad_logps), pointer(grad_entropy), *row_pointer(logits), pointer(ids),
         temperature, pointer(entropy), pointer(top), pointer(log_sum), *logits.shape,
         pointer(grad))
 
@@ -114,11 +104,11 @@ def _backward_on_triton(*args):
     with dispatch.device_of(args[0]):
         kernels.token_logps_backward(*args)
 
-# %% ../../nbs/kernels/02_logprobs.ipynb #b6b0ce6f
+# %% ../../nbs/kernels/02_logprobs.ipynb #d44745f6
 def _backward_with(launch):
     def compute(grad_logps, grad_entropy, logits, ids, *saved):
         grads = (dense(g, torch.float32) for g in (grad_logps, grad_entropy))
-        logits, ids = _rows(logits), dense(ids, torch.int64)
+        logits, ids = rows_of(logits), dense(ids, torch.int64)
         grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         launch(*grads, logits, ids, *saved, grad)
         return grad

@@ -60,6 +60,22 @@ void bound_token_logps_backward(std::uintptr_t grad_logps, std::uintptr_t grad_e
                        at<void>(grad));
 }
 
+void bound_sample_tokens(std::uintptr_t logits, bool bfloat16, std::int64_t stride,
+                         std::uintptr_t uniforms, float temperature, std::uintptr_t ids,
+                         std::uintptr_t logps, std::int64_t N, std::int64_t V) {
+  require_sizes(N, V);
+  if (N > 0) {
+    if (V == 0) throw std::invalid_argument("V must be positive");
+    require(logits, "logits");
+    require(uniforms, "uniforms");
+    require(ids, "ids");
+    require(logps, "logps");
+  }
+  sample_tokens({at<const void>(logits), bfloat16 ? Dtype::bfloat16 : Dtype::float32, stride,
+                 at<const float>(uniforms), temperature, at<std::int64_t>(ids),
+                 at<float>(logps), N, V});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -68,4 +84,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gae", &bound_gae, no_gil);
   m.def("token_logps", &bound_token_logps, no_gil);
   m.def("token_logps_backward", &bound_token_logps_backward, no_gil);
+  m.def("sample_tokens", &bound_sample_tokens, no_gil);
 }

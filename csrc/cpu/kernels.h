@@ -32,4 +32,19 @@ void token_logps(const TokenLogpsArguments& args);
 void token_logps_backward(const TokenLogpsArguments& kept, const float* grad_logps,
                           const float* grad_entropy, void* grad);
 
+// (N, V) logits whose rows are `stride` elements apart, and (N,) of everything else.
+struct SampleTokensArguments {
+  const void* logits;
+  Dtype dtype;
+  std::int64_t stride;
+  const float* uniforms;  // in [0, 1]
+  float temperature;
+  std::int64_t* ids;
+  float* logps;  // of the drawn tokens; NaN where a row has no finite distribution
+  std::int64_t N;
+  std::int64_t V;
+};
+
+void sample_tokens(const SampleTokensArguments& args);
+
 }  // namespace alignkit
