@@ -7,7 +7,7 @@ the running sum until it exceeds the caller's uniform number times the total.
 import triton
 import triton.language as tl
 
-from alignkit._triton.logprobs import block_size
+from .logprobs import block_size
 
 
 @triton.jit
