@@ -7,6 +7,7 @@
 #include <string>
 
 #include "gae.h"
+#include "grouped.h"
 
 namespace alignkit {
 
@@ -50,6 +51,31 @@ inline GaeArguments gae_arguments(std::uintptr_t rewards, std::uintptr_t values,
           at<float>(targets),
           B,
           T};
+}
+
+inline GroupedArguments grouped_arguments(std::uintptr_t rewards, std::uintptr_t mask,
+                                          std::uintptr_t offsets, std::int64_t group_size,
+                                          int baseline, int scale, std::uintptr_t batch_std,
+                                          double eps, std::uintptr_t advantages,
+                                          std::int64_t G) {
+  require_sizes(G, group_size);
+  if (baseline < 0 || baseline > 2 || scale < 0 || scale > 2)
+    throw std::invalid_argument("baseline and scale must be 0, 1 or 2");
+  if (G > 0) {
+    require(rewards, "rewards");
+    require(advantages, "advantages");
+    if (scale == static_cast<int>(Scale::batch)) require(batch_std, "batch_std");
+  }
+  return {at<const float>(rewards),
+          at<const std::uint8_t>(mask),
+          at<const std::int64_t>(offsets),
+          group_size,
+          static_cast<Baseline>(baseline),
+          static_cast<Scale>(scale),
+          at<const double>(batch_std),
+          eps,
+          at<float>(advantages),
+          G};
 }
 
 }  // namespace alignkit

@@ -30,6 +30,12 @@ def samples(name):
     if name == "supported_gae":
         yield steps, values, flags, None, None, -1.0, 0.9, 0.95, None
         yield steps.double(), values, flags, flags, flags, -1.0, 0.9, 0.95, None
+    if name == "grouped_advantage":
+        rewards, starts = torch.randn(6), torch.tensor([0, 2, 2, 6])
+        keys, mask = torch.tensor([3, 1, 3, 3, 0, 1]), torch.rand(6) < 0.5
+        yield rewards, 3, None, None, "mean", "std", 1e-4, None, None
+        yield rewards.bfloat16(), None, starts, None, "loo", "batch", 1e-4, mask, "reference"
+        yield rewards, None, None, keys, "none", "none", 0.0, mask, "cpu"
     if name == "token_logps":
         yield logits, ids, 1.0, None
         yield logits.clone().requires_grad_(), ids.int(), 0.7, "cpu"
@@ -46,7 +52,8 @@ def samples(name):
 
 
 def test_the_list_of_operators_is_the_registry():
-    assert set(OPERATORS) == {"gae", "supported_gae", "token_logps", "sample_tokens"}
+    assert set(OPERATORS) == {
+        "gae", "supported_gae", "token_logps", "sample_tokens", "grouped_advantage"}
     assert set(REGISTERED) == {n for n in dispatch._functions if "." not in n}
 
 
@@ -70,6 +77,8 @@ def all_operators(rewards, values, flags, logits, ids):
     support = out.supported.float().sum()
     drawn, logps = ops.sample_tokens(logits, torch.full(ids.shape, 0.5), temperature=0.7)
     support = support + drawn.float().sum() + logps.sum()
+    compared = ops.grouped_advantage(rewards.flatten() * 2, ids=flags.flatten().long())
+    support = support + compared.sum() + ops.grouped_advantage(rewards[0], 1).sum()
     return (advantages + floored + targets).sum() + (out.logps + out.entropy).sum() + support
 
 

@@ -4,6 +4,7 @@ Says nothing about speed, memory order or launch limits; the `cuda` rows of the 
 """
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
@@ -13,36 +14,57 @@ import pytest
 import torch
 from ops_cases import assert_as_good_as_torch, double
 from test_ops_advantages import GAE_OPTIONS, SUPPORTED_OPTIONS, gae_case, run_gae, run_supported
+from test_ops_grouped import DIALECTS, KINDS, groups
 
 from alignkit import ops
 from alignkit.ops.dispatch import pointer
+from alignkit.ops.grouped import BASELINES, SCALES, batch_std
 
 ROOT = Path(__file__).resolve().parents[1]
-ENTRY = """
+GAE_ENTRY = """
 extern "C" void entry(void** p, float v_min, float gamma, float decay, long B, long T) {
   alignkit::gae_on_device({(float*)p[0], (float*)p[1], (std::uint8_t*)p[2], (std::uint8_t*)p[3],
       (float*)p[4], (std::uint8_t*)p[5], (std::uint8_t*)p[6], v_min, gamma, decay, (float*)p[7],
       (float*)p[8], B, T}, 0, nullptr);
 }
 """
+GROUPED_ENTRY = """
+extern "C" void entry(void** p, long size, int baseline, int scale, double eps, long G) {
+  alignkit::grouped_on_device({(float*)p[0], (std::uint8_t*)p[1], (std::int64_t*)p[2], size,
+      alignkit::Baseline(baseline), alignkit::Scale(scale), (double*)p[3], eps, (float*)p[4], G},
+      0, nullptr);
+}
+"""
+
+
+def compiled(source, entry, types, folder):
+    """The `entry` of a .cu file, whose launches start CPU threads."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        pytest.skip("needs a C++ compiler")
+    text = (ROOT / "csrc/cuda" / source).read_text()
+    text, launches = re.subn(r"(\w+)<<<([^>]*)>>>\(", r"launch(\1, \2, ", text)
+    assert launches == 1
+    (folder / "kernel.cpp").write_text(text + entry)
+    includes = [f"-I{ROOT / folder}" for folder in ("tests/cuda_on_threads", "csrc", "csrc/cuda")]
+    subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", *includes,
+                    folder / "kernel.cpp", "-o", folder / "kernel.so"], check=True)  # fmt: skip
+    function = ctypes.CDLL(str(folder / "kernel.so")).entry
+    function.argtypes = types
+    return function
 
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if not compiler:
-        pytest.skip("needs a C++ compiler")
-    folder = tmp_path_factory.mktemp("cuda")
-    text = (ROOT / "csrc/cuda/gae.cu").read_text()
-    text, launches = re.subn(r"(\w+)<<<([^>]*)>>>\(", r"launch(\1, \2, ", text)
-    assert launches == 1
-    (folder / "gae.cpp").write_text(text + ENTRY)
-    includes = [f"-I{ROOT / folder}" for folder in ("tests/cuda_on_threads", "csrc", "csrc/cuda")]
-    subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", *includes,
-                    folder / "gae.cpp", "-o", folder / "gae.so"], check=True)  # fmt: skip
-    entry = ctypes.CDLL(str(folder / "gae.so")).entry
-    entry.argtypes = [ctypes.c_void_p, *[ctypes.c_float] * 3, *[ctypes.c_long] * 2]
-    return entry
+    types = [ctypes.c_void_p, *[ctypes.c_float] * 3, *[ctypes.c_long] * 2]
+    return compiled("gae.cu", GAE_ENTRY, types, tmp_path_factory.mktemp("gae"))
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory):
+    types = [ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_double,
+             ctypes.c_long]
+    return compiled("grouped.cu", GROUPED_ENTRY, types, tmp_path_factory.mktemp("grouped"))
 
 
 def through(kernel, x, options, supported=None, v_min=0.0):
@@ -82,4 +104,23 @@ def test_supported_gae(kernel, options):
         torchs = run_supported(x, options, op=ops.supported_gae_reference)
         exact = run_supported(double(x), options, op=ops.supported_gae_reference)
         cases += zip(ours, torchs, exact, strict=True)
+    assert_as_good_as_torch(cases)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ids"])
+def test_grouped_advantage(grouped, kind):
+    rewards, kw = groups(kind, seed=0)
+    offsets, size = kw.get("offsets"), kw.get("group_size", 0)
+    G = len(rewards) // size if offsets is None else len(offsets) - 1
+    cases = []
+    masks = None, torch.rand(len(rewards), generator=torch.Generator().manual_seed(1)) < 0.7
+    for (baseline, scale), mask in itertools.product(DIALECTS, masks):
+        options = kw | {"baseline": baseline, "scale": scale, "mask": mask}
+        ours = torch.full_like(rewards, float("nan"))
+        tensors = [rewards, mask, offsets, batch_std(rewards, mask), ours]
+        grouped((ctypes.c_void_p * 5)(*map(pointer, tensors)), size, BASELINES.index(baseline),
+                SCALES.index(scale), 1e-4, G)
+        torchs = ops.grouped_advantage_reference(rewards, **options)
+        exact = ops.grouped_advantage_reference(rewards.double(), **options)
+        cases.append((ours, torchs, exact))
     assert_as_good_as_torch(cases)

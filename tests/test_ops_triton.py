@@ -12,7 +12,7 @@ COMPILE = """
 import itertools, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from alignkit._triton import advantages, logprobs, sampling
+from alignkit._triton import advantages, grouped, logprobs, sampling
 
 F32, BF16, I8, I64, INT = "*fp32", "*bf16", "*u8", "*i64", "i32"
 FLAGS = ("HAS_END", "HAS_CUT", "HAS_BOOTSTRAP", "HAS_MASK", "HAS_FLOOR")
@@ -32,6 +32,11 @@ for arch in (80, 90):
     for flags in ((1, 0, 0, 0, 0), (1, 1, 1, 1, 0), (0, 0, 0, 1, 1)):
         for block in (16, 1024):
             build(advantages._gae_fwd, GAE, dict(zip(FLAGS, flags)) | {"BLOCK_T": block}, arch)
+    shared = dict(rewards=F32, mask=I8, offsets=I64, batch_std="*fp64", advantages=F32,
+                  group_size=INT, G=INT, eps="fp32")
+    for baseline, scale, ragged in itertools.product((0, 1, 2), (0, 1, 2), (False, True)):
+        build(grouped._grouped_fwd, shared, dict(BASELINE=baseline, SCALE=scale, BLOCK_G=4,
+              HAS_OFFSETS=ragged, HAS_MASK=ragged, BLOCK_N=64), arch)
     for dtype in (F32, BF16):
         rows = dict(logits=dtype, ids=I64, stride=INT, V=INT, inverse_temperature="fp32")
         build(logprobs._token_logps_fwd, rows | dict(logps=F32, entropy=F32, tops=F32,

@@ -7,6 +7,7 @@ from alignkit.ops.advantages import (
     supported_gae_reference,
 )
 from alignkit.ops.dispatch import Backend, backends
+from alignkit.ops.grouped import grouped_advantage, grouped_advantage_reference
 from alignkit.ops.logprobs import (
     TokenLogps,
     linear_token_logps,
@@ -22,6 +23,8 @@ __all__ = [
     "backends",
     "gae",
     "gae_reference",
+    "grouped_advantage",
+    "grouped_advantage_reference",
     "linear_token_logps",
     "linear_token_logps_reference",
     "sample_tokens",

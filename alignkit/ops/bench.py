@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CASES', 'gae_loop', 'supported_gae_loop', 'log_softmax_gather', 'Case', 'gae_case', 'supported_gae_case',
-           'token_logps_case', 'multinomial_gather', 'sample_tokens_case', 'alternate', 'measure', 'bench']
+           'token_logps_case', 'grouped_as_in_trl', 'grouped_advantage_case', 'multinomial_gather',
+           'sample_tokens_case', 'alternate', 'measure', 'bench']
 
 # %% ../../nbs/kernels/09_bench.ipynb #e1528c62
 import statistics
@@ -114,6 +115,25 @@ def token_logps_case(N: int, V: int, dtype: torch.dtype, device: str) -> Case:
                 "log_softmax + gather", lambda: log_softmax_gather(logits, ids),
                 N * V * logits.element_size())
 
+# %% ../../nbs/kernels/09_bench.ipynb #6bb17b2d
+def grouped_as_in_trl(
+    rewards: Tensor, # (N,)
+    group_size: int,
+) -> Tensor: # (N,)
+    "View, mean, standard deviation, and both repeated for every answer."
+    grouped = rewards.view(-1, group_size)
+    mean = grouped.mean(1).repeat_interleave(group_size)
+    std = grouped.std(1).repeat_interleave(group_size)
+    return (rewards - mean) / (std + 1e-4)
+
+
+def grouped_advantage_case(G: int, n: int, device: str) -> Case:
+    "`grouped_advantage` of equal groups."
+    rewards = torch.randn(G * n, generator=_random()).to(device)
+    return Case("grouped_advantage", (G, n), "float32",
+                lambda: ops.grouped_advantage(rewards, n), "TRL's expression",
+                lambda: grouped_as_in_trl(rewards, n), 8 * G * n)
+
 # %% ../../nbs/kernels/09_bench.ipynb #15add66b
 def multinomial_gather(
     logits: Tensor, # (N, V)
@@ -139,6 +159,8 @@ def sample_tokens_case(N: int, V: int, dtype: torch.dtype, device: str) -> Case:
 CASES: dict[str, list[Callable[[str], Case]]] = {
     "gae": [partial(gae_case, 256, 1024), partial(gae_case, 4096, 128)],
     "supported_gae": [partial(supported_gae_case, 256, 512)],
+    "grouped_advantage": [partial(grouped_advantage_case, 4096, 16),
+                          partial(grouped_advantage_case, 65536, 16)],
     "token_logps": [partial(token_logps_case, 256, 32000, dtype)
                     for dtype in (torch.float32, torch.bfloat16)],
     "sample_tokens": [partial(sample_tokens_case, 128, 49152, dtype)

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "wide.h"
 
 namespace alignkit {
 namespace {
@@ -134,7 +135,7 @@ void gae_row(const GaeArguments& x, std::int64_t row) {
 }  // namespace
 
 // Last row first: memory is then read strictly downwards, which the prefetcher follows.
-void gae(const GaeArguments& args) {
+ALIGNKIT_WIDE void gae(const GaeArguments& args) {
   for (std::int64_t row = args.B - 1; row >= 0; --row) gae_row(args, row);
 }
 

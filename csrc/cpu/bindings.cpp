@@ -19,6 +19,13 @@ void bound_gae(std::uintptr_t rewards, std::uintptr_t values, std::uintptr_t ter
                     gamma, lam, advantages, targets, B, T));
 }
 
+void bound_grouped(std::uintptr_t rewards, std::uintptr_t mask, std::uintptr_t offsets,
+                   std::int64_t group_size, int baseline, int scale, std::uintptr_t batch_std,
+                   double eps, std::uintptr_t advantages, std::int64_t G) {
+  grouped_advantage(grouped_arguments(rewards, mask, offsets, group_size, baseline, scale,
+                                      batch_std, eps, advantages, G));
+}
+
 TokenLogpsArguments token_arguments(std::uintptr_t logits, bool bfloat16, std::int64_t stride,
                                     std::uintptr_t ids, float temperature, std::uintptr_t logps,
                                     std::uintptr_t entropy, std::uintptr_t top,
@@ -82,6 +89,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "C++ kernels of alignkit.ops; arguments are addresses and sizes.";
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("gae", &bound_gae, no_gil);
+  m.def("grouped_advantage", &bound_grouped, no_gil);
   m.def("token_logps", &bound_token_logps, no_gil);
   m.def("token_logps_backward", &bound_token_logps_backward, no_gil);
   m.def("sample_tokens", &bound_sample_tokens, no_gil);

@@ -4,10 +4,13 @@
 #include <cstdint>
 
 #include "gae.h"
+#include "grouped.h"
 
 namespace alignkit {
 
 void gae(const GaeArguments& args);
+
+void grouped_advantage(const GroupedArguments& args);
 
 enum class Dtype { float32, bfloat16 };
 

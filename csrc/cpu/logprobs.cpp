@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "softmax.h"
+#include "wide.h"
 
 namespace alignkit {
 namespace {
@@ -104,14 +105,14 @@ void backward_row(const TokenLogpsArguments& x, float grad_logp, float grad_entr
 
 }  // namespace
 
-void token_logps(const TokenLogpsArguments& x) {
+ALIGNKIT_WIDE void token_logps(const TokenLogpsArguments& x) {
   for (std::int64_t row = 0; row < x.N; ++row) {
     if (x.dtype == Dtype::float32) forward_row<float>(x, row);
     else forward_row<bfloat16>(x, row);
   }
 }
 
-void token_logps_backward(const TokenLogpsArguments& x, const float* grad_logps,
+ALIGNKIT_WIDE void token_logps_backward(const TokenLogpsArguments& x, const float* grad_logps,
                           const float* grad_entropy, void* grad) {
   for (std::int64_t row = 0; row < x.N; ++row) {
     if (x.dtype == Dtype::float32)

@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "softmax.h"
+#include "wide.h"
 
 namespace alignkit {
 namespace {
@@ -92,7 +93,7 @@ void sample_row(const SampleTokensArguments& x, std::int64_t row, std::vector<Ch
 
 }  // namespace
 
-void sample_tokens(const SampleTokensArguments& x) {
+ALIGNKIT_WIDE void sample_tokens(const SampleTokensArguments& x) {
   std::vector<Chunk> chunks;
   chunks.reserve(static_cast<std::size_t>(x.V / kChunk + 1));
   for (std::int64_t row = 0; row < x.N; ++row) {

@@ -15,6 +15,11 @@ int device_count() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
+void check(const char* name, cudaError_t status) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(name) + " on CUDA: " + cudaGetErrorString(status));
+}
+
 void bound_gae(std::uintptr_t rewards, std::uintptr_t values, std::uintptr_t terminated,
                std::uintptr_t truncated, std::uintptr_t bootstrap, std::uintptr_t mask,
                std::uintptr_t supported, float v_min, float gamma, float lam,
@@ -24,9 +29,18 @@ void bound_gae(std::uintptr_t rewards, std::uintptr_t values, std::uintptr_t ter
       gae_arguments(rewards, values, terminated, truncated, bootstrap, mask, supported, v_min,
                     gamma, lam, advantages, targets, B, T);
   if (B == 0 || T == 0) return;
-  const cudaError_t status = gae_on_device(args, device, reinterpret_cast<cudaStream_t>(stream));
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("gae on CUDA: ") + cudaGetErrorString(status));
+  check("gae", gae_on_device(args, device, reinterpret_cast<cudaStream_t>(stream)));
+}
+
+void bound_grouped(std::uintptr_t rewards, std::uintptr_t mask, std::uintptr_t offsets,
+                   std::int64_t group_size, int baseline, int scale, std::uintptr_t batch_std,
+                   double eps, std::uintptr_t advantages, std::int64_t G, int device,
+                   std::uintptr_t stream) {
+  const GroupedArguments args = grouped_arguments(rewards, mask, offsets, group_size, baseline,
+                                                  scale, batch_std, eps, advantages, G);
+  if (G == 0) return;
+  check("grouped_advantage",
+        grouped_on_device(args, device, reinterpret_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace
@@ -34,5 +48,7 @@ void bound_gae(std::uintptr_t rewards, std::uintptr_t values, std::uintptr_t ter
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of alignkit.ops; arguments are device addresses, sizes, a stream.";
   m.def("device_count", &device_count);
-  m.def("gae", &bound_gae, py::call_guard<py::gil_scoped_release>());
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("gae", &bound_gae, no_gil);
+  m.def("grouped_advantage", &bound_grouped, no_gil);
 }

@@ -5,6 +5,7 @@
 // t = last - l, so loads stay coalesced and the scan over (a, c) runs forward over lanes:
 // advantage = a + c * (advantage of the step after it). What crosses a block of 32, the carry,
 // is the same in every lane. Deterministic: no atomics, a fixed order of additions.
+#include "device_guard.h"
 #include "kernels.h"
 
 namespace alignkit {
@@ -98,22 +99,6 @@ __global__ void gae_kernel(GaeArguments x) {
   if (x.targets && carry.waiting >= 0 && lane == 0)
     x.targets[start + carry.waiting] = carry.waiting_target;
 }
-
-// Makes a device current, and the caller's again when it goes.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) : status_(cudaGetDevice(&before_)) {
-    if (status_ == cudaSuccess) status_ = cudaSetDevice(device);
-  }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  cudaError_t status() const { return status_; }
-
- private:
-  int before_ = 0;
-  cudaError_t status_;
-};
 
 }  // namespace
 

@@ -4,10 +4,12 @@
 #include <cuda_runtime_api.h>
 
 #include "gae.h"
+#include "grouped.h"
 
 namespace alignkit {
 
-// Launches on `stream` of `device`; the arrays live there. Does not wait.
+// Each launches on `stream` of `device`; the arrays live there. None waits.
 cudaError_t gae_on_device(const GaeArguments& args, int device, cudaStream_t stream);
+cudaError_t grouped_on_device(const GroupedArguments& args, int device, cudaStream_t stream);
 
 }  // namespace alignkit

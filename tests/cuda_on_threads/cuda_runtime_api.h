@@ -49,6 +49,11 @@ T __shfl_up_sync(unsigned, T value, unsigned by) {
   return exchange(value, lane >= static_cast<int>(by) ? lane - static_cast<int>(by) : lane);
 }
 
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int by) {
+  return exchange(value, static_cast<int>(threadIdx.x % kLanesOfWarp) ^ by);
+}
+
 inline unsigned __ballot_sync(unsigned, bool holds) {
   unsigned all = 0;
   for (int lane = 0; lane < kLanesOfWarp; ++lane) all |= exchange(unsigned{holds}, lane) << lane;
@@ -65,8 +70,9 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-template <class Kernel, class Args>
-void launch(Kernel kernel, unsigned blocks, unsigned threads, int, cudaStream_t, const Args& args) {
+template <class Kernel, class... Args>
+void launch(Kernel kernel, unsigned blocks, unsigned threads, int, cudaStream_t,
+            const Args&... args) {
   for (unsigned block = 0; block < blocks; ++block) {
     const auto warps = std::make_unique<Warp[]>(threads / kLanesOfWarp);
     std::vector<std::thread> running;
@@ -75,7 +81,7 @@ void launch(Kernel kernel, unsigned blocks, unsigned threads, int, cudaStream_t,
         blockIdx.x = block;
         threadIdx.x = t;
         warp = &warps[t / kLanesOfWarp];
-        kernel(args);
+        kernel(args...);
       });
     for (auto& thread : running) thread.join();
   }
