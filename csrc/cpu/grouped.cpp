@@ -64,17 +64,16 @@ template <int kSize>
 void fixed_groups(const GroupedArguments& x) {
   constexpr int kBatch = 32;
   float d[kBatch][kSize], slope[kBatch];
-  const float factor = static_cast<float>(stretch(x, kSize)), eps = static_cast<float>(x.eps);
-  const float common =
-      x.scale == Scale::std ? 0.0f : factor / static_cast<float>(divisor(x, 0.0));
+  const double factor = stretch(x, kSize);
+  const double common = x.scale == Scale::std ? 0.0 : factor / divisor(x, 0.0);
   for (std::int64_t first = 0; first < x.G; first += kBatch) {
     const int n = static_cast<int>(std::min<std::int64_t>(kBatch, x.G - first));
     const float* rewards = x.rewards + first * kSize;
     float* advantages = x.advantages + first * kSize;
     for (int g = 0; g < n; ++g) slope[g] = deviations<kSize>(rewards + g * kSize, d[g]);
     for (int g = 0; g < n; ++g) {
-      const float own = factor / (std::sqrt(slope[g] * (1.0f / (kSize - 1))) + eps);
-      slope[g] = x.scale == Scale::std ? own : common;
+      const double own = factor / (std::sqrt(double{slope[g]} / (kSize - 1)) + x.eps);
+      slope[g] = static_cast<float>(x.scale == Scale::std ? own : common);
     }
     for (int g = 0; g < n; ++g) {
       const float* from = x.baseline == Baseline::none ? rewards + g * kSize : d[g];
