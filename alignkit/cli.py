@@ -325,11 +325,11 @@ def bench(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0
-    print(f"{'operator':<15}{'shape':<14}{'dtype':<10}{'µs':>9}{'peer µs':>10}{'ratio':>8}"
+    print(f"{'operator':<18}{'shape':<14}{'dtype':<10}{'µs':>9}{'peer µs':>10}{'ratio':>8}"
           f"{'of a copy':>11}  peer")
     for r in rows:
         shape = "×".join(map(str, r["shape"]))
-        print(f"{r['op']:<15}{shape:<14}{r['dtype']:<10}{r['ours_us']:>9.1f}{r['peer_us']:>10.1f}"
+        print(f"{r['op']:<18}{shape:<14}{r['dtype']:<10}{r['ours_us']:>9.1f}{r['peer_us']:>10.1f}"
               f"{r['ratio']:>8.1f}{r['copy_share']:>11.2f}  {r['peer']}")
     return 0
 

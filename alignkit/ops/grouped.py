@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import dispatch
 from .advantages import as_flags
-from .dispatch import dense, pointer, wide
+from .dispatch import dense, pointer
 
 # %% ../../nbs/kernels/04_grouped.ipynb #d09f7384
 BASELINES = ("mean", "loo", "none") # in the order of csrc/grouped.h

@@ -530,7 +530,8 @@ def jobs(
     return runs.needs_first(listed)
 
 # %% ../../nbs/papers/01a_bspo_small.ipynb #22736070
-TRIED = ({"preference_pairs": 1440, "lr": 1e-4}, {"preference_pairs": 240, "lr": 2e-4})
+TRIED: tuple[dict[str, Any], ...] = (
+    {"preference_pairs": 1440, "lr": 1e-4}, {"preference_pairs": 240, "lr": 2e-4})
 KL_COEFS = (0.03, 0.1)
 REGIME_ARMS = ("bspo", *(f"ppo_kl={value:g}" for value in KL_COEFS))
 
