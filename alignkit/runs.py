@@ -481,6 +481,9 @@ def _perform(job: Job, out: Path, commit: str, on_progress: Progress | None) -> 
     return _Outcome(record, notes=tuple(work.checkpoints.skipped.values()))
 
 # %% ../nbs/library/02a_runs.ipynb #1694a370
+def _not_running(folder: Path) -> None:
+    (folder / "running.json").unlink(missing_ok=True)
+
 def _attempt(
     job: Job, out: Path, commit: str, on_progress: Progress | None = None,
 ) -> _Outcome:
@@ -497,7 +500,7 @@ def _attempt(
             try:
                 return _perform(job, out, commit, on_progress)
             finally:
-                (folder / "running.json").unlink()
+                _not_running(folder)
     except Timeout:
         holder = _holder(folder)
         return _Outcome(held_by=f"process {holder.get('pid')} on {holder.get('host')}")
@@ -695,6 +698,7 @@ def _collect(jobs: Iterable[Job], out: Path) -> dict[str, Record]:
                 record = _read_record(job.folder(out)) if job.paper == paper else None
                 if record and job.key not in records:
                     records[job.key] = record
+                    _not_running(job.folder(out)) # killed between its record and this
         found |= records
     return found
 
@@ -777,9 +781,12 @@ class _Run:
                           f"{self.processes} at a time, in {self.out}")
 
     def ready(self) -> list[Job]:
-        "The jobs that wait for no other."
-        return [job for job in self.todo.values()
-                if not any(need.key in self.todo for need in job.needs)]
+        "Jobs that wait for no other, of as many seeds as there are processes."
+        ready = [job for job in self.todo.values()
+                 if not any(need.key in self.todo for need in job.needs)]
+        free = [job for job in ready if job not in self.waiting] or ready
+        seeds = list(dict.fromkeys(job.seed for job in free))[: self.processes]
+        return [job for job in free if job.seed in seeds]
 
     def settle(self, job: Job, outcome: _Outcome) -> None:
         "Take note of how an attempt ended."

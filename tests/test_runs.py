@@ -129,14 +129,24 @@ def test_more_seeds_do_only_what_is_new_even_without_the_old_folders(tmp_path):
     assert old[0] in runs.load_records(tmp_path, "toy")
 
 
+@pytest.mark.parametrize("processes, at_a_time", [(1, 1), (2, 2)])
+def test_seeds_are_finished_one_after_the_other(tmp_path, processes, at_a_time):
+    runs.run(family(["a"], seeds=(100, 101, 102, 103)), tmp_path, processes=processes)
+    written = {stage: {seed: next(tmp_path.glob(f"jobs/{stage}*-{seed}-*/record.json")).stat().st_mtime_ns
+                       for seed in range(100, 104)} for stage in ("base", "leaf")}
+    for seed in range(100 + at_a_time, 104):
+        assert written["base"][seed] > written["leaf"][seed - at_a_time]
+
+
 def test_records_of_a_killed_run_are_merged_by_the_next(tmp_path):
     jobs = family("a")
     records = runs.run(jobs, tmp_path, 1)
     (tmp_path / "toy.records.jsonl.gz").unlink()
     (tmp_path / ".toy.records.jsonl.gz.123.tmp").write_bytes(b"torn")
+    (jobs[0].folder(tmp_path) / "running.json").write_text("{}")  # it was killed right before
     assert runs.run(jobs, tmp_path, 1) == records
     assert len(runs.load_records(tmp_path, "toy")) == 3
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*")) and not list(tmp_path.rglob("running.json"))
 
 
 def test_fresh_repeats_and_gives_the_same_numbers(tmp_path):
