@@ -1015,6 +1015,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'alignkit.runs._in_processes': ('library/runs.html#_in_processes', 'alignkit/runs.py'),
                                'alignkit.runs._memory_gib': ('library/runs.html#_memory_gib', 'alignkit/runs.py'),
                                'alignkit.runs._merging': ('library/runs.html#_merging', 'alignkit/runs.py'),
+                               'alignkit.runs._not_running': ('library/runs.html#_not_running', 'alignkit/runs.py'),
                                'alignkit.runs._number': ('library/runs.html#_number', 'alignkit/runs.py'),
                                'alignkit.runs._one_thread': ('library/runs.html#_one_thread', 'alignkit/runs.py'),
                                'alignkit.runs._perform': ('library/runs.html#_perform', 'alignkit/runs.py'),
