@@ -536,11 +536,12 @@ KL_COEFS = (0.03, 0.1)
 REGIME_ARMS = ("bspo", *(f"ppo_kl={value:g}" for value in KL_COEFS))
 
 
-def regime_jobs() -> list[Job]:
+def regime_jobs(dtype: str = "auto") -> list[Job]:
     "The search on burnt seeds: PPO in every regime tried, then the other arms."
-    plain = [_arm_job("ppo", seed, replace(SmallConfig(), **change))
+    config = SmallConfig(dtype=dtype)
+    plain = [_arm_job("ppo", seed, replace(config, **change))
              for change in TRIED for seed in BURNT_SEEDS]
-    return runs.needs_first(plain + [_arm_job(arm, seed, SmallConfig())
+    return runs.needs_first(plain + [_arm_job(arm, seed, config)
                                      for arm in REGIME_ARMS for seed in BURNT_SEEDS])
 
 # %% ../../nbs/papers/01a_bspo_small.ipynb #fdfb4eec
