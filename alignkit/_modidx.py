@@ -824,6 +824,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'alignkit.report._scales': ('library/report.html#_scales', 'alignkit/report.py'),
                                  'alignkit.report._section': ('library/report.html#_section', 'alignkit/report.py'),
                                  'alignkit.report._shell': ('library/report.html#_shell', 'alignkit/report.py'),
+                                 'alignkit.report._shown_figure': ('library/report.html#_shown_figure', 'alignkit/report.py'),
                                  'alignkit.report._status': ('library/report.html#_status', 'alignkit/report.py'),
                                  'alignkit.report._strip_labels': ('library/report.html#_strip_labels', 'alignkit/report.py'),
                                  'alignkit.report._title': ('library/report.html#_title', 'alignkit/report.py'),

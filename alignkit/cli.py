@@ -169,8 +169,8 @@ def own_config(args: argparse.Namespace) -> tuple[ModuleType, Any]: # module, it
     try:
         own = importlib.import_module(f"alignkit.papers.{args.paper}_own")
     except ModuleNotFoundError:
-        raise CommandError(f"{args.paper} does not run on other models and data" if not at_paper
-                           else "paper scale is not built yet", 2) from None
+        lacks = "paper scale is not built yet" if at_paper else "does not run on other models and data"
+        raise CommandError(f"{args.paper}: {lacks}", 2) from None
     sys.path.insert(0, os.getcwd()) # where --scorer module:name is looked for
     try:
         changes = dict(change.split("=", 1) for change in args.set)

@@ -12,6 +12,7 @@ __all__ = ['RESULTS_PACKAGE', 'PAPERS', 'COLUMNS', 'WIDTH', 'LONGEST_KEY', 'SIGN
 
 # %% ../nbs/library/12_report.ipynb #2f9ee06d
 import base64
+import functools
 import hashlib
 import io
 import os
@@ -345,16 +346,29 @@ def _mean_curve(
 
 # %% ../nbs/library/12_report.ipynb #8a9a614e
 def png(figure:"Figure")->bytes:
-    "The figure as a PNG file; the same figure gives the same bytes."
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
-    return buffer.getvalue()
+    "The figure as a PNG file of 256 colours; the same figure gives the same bytes."
+    from PIL import Image
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=144)
+    Image.open(drawn).convert("RGB").quantize(256).save(small, "png", optimize=True)
+    return small.getvalue()
 
 def _figure(
     width:float,  # inches
     height:float, # inches
 )->Any: # a Figure with an `alt` text
     "An empty figure that Jupyter displays without pyplot."
+    shown = _shown_figure()
+    if shell := _shell(): # pyplot, where it is used, has registered a way for all figures
+        shell.display_formatter.formatters["image/png"].for_type(shown, shown._repr_png_)
+    return shown(figsize=(width, height), layout="constrained")
+
+def _shell()->Any: # IPython's, if this is one
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython else None
+
+@functools.cache
+def _shown_figure()->Any: # a class
     from matplotlib.figure import Figure
 
     class ShownFigure(Figure):
@@ -364,7 +378,7 @@ def _figure(
             width = round(self.get_figwidth() * 96) # CSS pixels: sharp on any screen
             return png(self), {"alt": self.alt, "width": width}
 
-    return ShownFigure(figsize=(width, height), layout="constrained")
+    return ShownFigure
 
 # %% ../nbs/library/12_report.ipynb #b8678c60
 def _measured(spec:Plot)->bool:
@@ -490,10 +504,6 @@ def _in_callback(shell:Any)->bool:
     "Whether a widget called: its output area takes new pictures, no update of an old one."
     parent = shell.kernel.get_parent() if hasattr(shell, "kernel") else {}
     return parent.get("header", {}).get("msg_type") == "comm_msg"
-
-def _shell()->Any: # IPython's, if this is one
-    ipython = sys.modules.get("IPython")
-    return ipython.get_ipython() if ipython else None
 
 # %% ../nbs/library/12_report.ipynb #a20a46ac
 VERDICT_COLOURS = {

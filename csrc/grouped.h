@@ -39,10 +39,11 @@ ALIGNKIT_HOST_DEVICE inline bool alone(const GroupedArguments& x, std::int64_t c
   return count < 2 && (x.baseline != Baseline::none || x.scale == Scale::std);
 }
 
-// What an advantage is divided by.
+// What an advantage is divided by. Equal rewards and no eps: 1, so that zeros stay zeros.
 ALIGNKIT_HOST_DEVICE inline double divisor(const GroupedArguments& x, double group_std) {
   if (x.scale == Scale::none) return 1.0;
-  return (x.scale == Scale::std ? group_std : *x.batch_std) + x.eps;
+  const double spread = (x.scale == Scale::std ? group_std : *x.batch_std) + x.eps;
+  return spread == 0.0 ? 1.0 : spread;
 }
 
 // What a deviation from the mean of `count` rewards is multiplied with: the mean of the others

@@ -107,6 +107,9 @@ def test_equal_rewards_say_nothing_and_close_ones_keep_their_difference(backend,
     for value in (0.1, 1e8, -3.3):
         equal = torch.full((2 * size,), value, device=device)
         assert not ops.grouped_advantage(equal, size, backend=backend).any()
+        for scale in SCALES:
+            kw = {"scale": scale, "eps": 0.0, "backend": backend}
+            assert not ops.grouped_advantage(equal, size, **kw).any(), scale
         assert not ops.grouped_advantage(equal, size, baseline="loo", scale="none",
                                          backend=backend).any()  # fmt: skip
     close = torch.ones(size)

@@ -135,6 +135,7 @@ def test_comparisons_and_a_reward_function_use_both(mine):
     *needs, last = bspo_own.own_jobs(config, 0)
     assert [job.stage.__name__ for job in needs] == ["train_own_scorelm", "measure_initial"]
     assert last.needs == tuple(needs)
+    assert bspo.jobs(config, [0]) == [*needs, last]
 
 
 def test_another_file_or_model_is_another_run(mine, tmp_path):

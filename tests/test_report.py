@@ -9,6 +9,7 @@ import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -460,6 +461,20 @@ def test_a_figure_shows_itself_in_jupyter():
     figure = report.plot(SPEC, RECORDS)
     data, metadata = figure._repr_png_()
     assert data.startswith(b"\x89PNG") and metadata["alt"] == figure.alt
+
+
+def test_a_figure_shows_itself_beside_pyplot(monkeypatch):
+    """The inline backend registers a way to show every Figure; ours keeps its own, with its alt text."""
+    from IPython.core.formatters import DisplayFormatter
+    from matplotlib.figure import Figure
+
+    formatter = DisplayFormatter()
+    formatter.formatters["image/png"].for_type(Figure, lambda figure: b"pyplot's")
+    monkeypatch.setattr(report, "_shell", lambda: SimpleNamespace(display_formatter=formatter))
+    figure = report.plot(SPEC, RECORDS)
+    data, metadata = formatter.format(figure)
+    assert data["image/png"] == report.png(figure)
+    assert metadata["image/png"]["alt"] == figure.alt
 
 
 def test_a_file_under_another_paper_s_name_is_refused(tmp_path):

@@ -60,10 +60,11 @@ def grouped_advantage_reference(
     others = (n - 1).clamp(min=1)
     deviation = (x - total(x) / n.clamp(min=1)).where(counted, 0)
     centred = {"mean": deviation, "loo": deviation * n / others, "none": x}[baseline]
-    if scale == "std":
-        centred = centred / ((total(deviation**2) / others).sqrt() + eps)
-    if scale == "batch":
-        centred = centred / (batch_std(rewards, counted) + eps)
+    if scale != "none":
+        own = scale == "std"
+        spread = (total(deviation**2) / others).sqrt() if own else batch_std(rewards, counted)
+        spread = spread + eps
+        centred = centred / spread.where(spread != 0, 1) # zeros stay zeros
     if baseline != "none" or scale == "std":
         centred = centred.where(n > 1, 0)
     return centred.where(counted, 0).to(dispatch.wide_dtype(rewards))

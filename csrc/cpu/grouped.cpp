@@ -65,14 +65,14 @@ void fixed_groups(const GroupedArguments& x) {
   constexpr int kBatch = 32;
   float d[kBatch][kSize], slope[kBatch];
   const double factor = stretch(x, kSize);
-  const double common = x.scale == Scale::std ? 0.0 : factor / divisor(x, 0.0);
+  const double common = factor / divisor(x, 0.0);  // not used where the scale is the group's
   for (std::int64_t first = 0; first < x.G; first += kBatch) {
     const int n = static_cast<int>(std::min<std::int64_t>(kBatch, x.G - first));
     const float* rewards = x.rewards + first * kSize;
     float* advantages = x.advantages + first * kSize;
     for (int g = 0; g < n; ++g) slope[g] = deviations<kSize>(rewards + g * kSize, d[g]);
     for (int g = 0; g < n; ++g) {
-      const double own = factor / (std::sqrt(double{slope[g]} / (kSize - 1)) + x.eps);
+      const double own = factor / divisor(x, std::sqrt(double{slope[g]} / (kSize - 1)));
       slope[g] = static_cast<float>(x.scale == Scale::std ? own : common);
     }
     for (int g = 0; g < n; ++g) {

@@ -7,8 +7,9 @@ time, three times: sum, squares, result. Sums are doubles, so equal rewards devi
 import triton
 import triton.language as tl
 
-MEAN, LEAVE_ONE_OUT, NO_BASELINE = map(tl.constexpr, (0, 1, 2))
-STD, BATCH, NO_SCALE = map(tl.constexpr, (0, 1, 2))
+# of csrc/grouped.h, those that differ from the rest
+LEAVE_ONE_OUT, NO_BASELINE = tl.constexpr(1), tl.constexpr(2)
+STD, BATCH = tl.constexpr(0), tl.constexpr(1)
 
 
 @triton.jit
@@ -59,6 +60,7 @@ def _grouped_fwd(
         divisor = tl.sqrt(squares / others) + eps
     if SCALE == BATCH:
         divisor = tl.zeros((BLOCK_G,), tl.float64) + tl.load(batch_std) + eps
+    divisor = tl.where(divisor == 0.0, 1.0, divisor)  # zeros stay zeros
     origin, slope = mean, 1.0 / divisor
     if BASELINE == LEAVE_ONE_OUT:
         slope = slope * count / others

@@ -14,6 +14,15 @@ IGNORE = tl.constexpr(-100)
 
 
 @triton.jit
+def rebased(x, top, inverse_temperature):
+    """The largest logit so far, what differences are taken from, and the shift of older ones."""
+    higher = tl.maximum(top, tl.max(x, 0))
+    base = tl.where(higher == -float("inf"), 0.0, higher)
+    shift = tl.where(top == -float("inf"), 0.0, (top - base) * inverse_temperature)
+    return higher, base, tl.maximum(shift, -200.0)  # e^-200 is 0, and 0 * -inf would be NaN
+
+
+@triton.jit
 def _token_logps_fwd(
     logits, ids, logps, entropy, tops, log_sums, stride, V, inverse_temperature,
     BLOCK_V: tl.constexpr,
@@ -28,10 +37,7 @@ def _token_logps_fwd(
     for start in range(0, V, BLOCK_V):
         j = start + lane
         x = tl.load(logits + j, mask=j < V, other=-infinity).to(tl.float32)
-        higher = tl.maximum(top, tl.max(x, 0))
-        base = tl.where(higher == -infinity, 0.0, higher)
-        shift = tl.where(top == -infinity, 0.0, (top - base) * inverse_temperature)
-        shift = tl.maximum(shift, -200.0)  # e^-200 is 0, and 0 * -inf would be NaN
+        higher, base, shift = rebased(x, top, inverse_temperature)
         scale = tl.exp(shift)
         d = (x - base) * inverse_temperature
         e = tl.exp(d)

@@ -7,7 +7,7 @@ the running sum until it exceeds the caller's uniform number times the total.
 import triton
 import triton.language as tl
 
-from .logprobs import block_size
+from .logprobs import block_size, rebased
 
 
 @triton.jit
@@ -23,10 +23,8 @@ def _sample_tokens_fwd(
     for start in range(0, V, BLOCK_V):
         j = start + lane
         x = tl.load(logits + j, mask=j < V, other=-infinity).to(tl.float32)
-        higher = tl.maximum(top, tl.max(x, 0))
-        base = tl.where(higher == -infinity, 0.0, higher)
-        shift = tl.where(top == -infinity, 0.0, (top - base) * inverse_temperature)
-        exps = tl.exp(tl.maximum(shift, -200.0)) * exps + tl.exp((x - base) * inverse_temperature)
+        higher, base, shift = rebased(x, top, inverse_temperature)
+        exps = tl.exp(shift) * exps + tl.exp((x - base) * inverse_temperature)
         top = higher
     total = tl.sum(exps, 0)
     target = tl.load(uniforms + row) * total
