@@ -230,8 +230,10 @@ SIGNS = {
 }
 
 TABLE_STYLE = """
-.claims { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.45; }
-.claims th, .claims td { text-align: left; vertical-align: top;
+/* twice the class: JupyterLab has strong wishes (equal columns, cells aligned right) */
+.claims.claims { border-collapse: collapse; width: 100%; font-size: 14px;
+  line-height: 1.45; table-layout: auto; }
+.claims.claims th, .claims.claims td { text-align: left; vertical-align: top;
   padding: 10px 14px 10px 0; border-bottom: 1px solid #d8dde3; }
 .claims th { font-weight: 600; border-bottom: 2px solid #6b7683; white-space: nowrap; }
 .claims .number { white-space: nowrap; font-variant-numeric: tabular-nums; }
@@ -432,7 +434,7 @@ def plot(
     axes = figure.add_subplot()
     for arm, curves in found.items():
         _draw_arm(axes, arm, curves, styles[arm], _measured(spec))
-    title = textwrap.fill(_title(spec, records), 72)
+    title = textwrap.fill(_title(spec, records), 52) # beside it stands the legend
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", parse_math=False)
     axes.set_xlabel(spec.xlabel, parse_math=False)
     axes.set_ylabel(spec.ylabel, parse_math=False)
@@ -579,7 +581,7 @@ def _marked(text:str)->list[tuple[str, bool]]:
 # %% ../nbs/library/12_report.ipynb #5324e94e
 TEXTS_STYLE = """
 .texts { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.5; }
-.texts th, .texts td { text-align: left; vertical-align: top; min-width: 11em;
+.texts.texts th, .texts.texts td { text-align: left; vertical-align: top; min-width: 11em;
   padding: 8px 16px 8px 0; border-bottom: 1px solid #d8dde3; white-space: pre-wrap;
   overflow-wrap: anywhere; }
 .texts th { font-weight: 600; border-bottom: 2px solid #6b7683; }

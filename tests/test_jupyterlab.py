@@ -135,6 +135,7 @@ def test_run_all_in_the_browser(lab):
     at_smoke_scale(folder / path)
     with opened(url, path) as page:
         verdicts = page.locator("table.claims td.verdict").all_inner_texts()
+        aligned = page.locator("table.claims td").first.evaluate("td => getComputedStyle(td).textAlign")
         figures = page.locator(".jp-OutputArea img[src^='data:image/png']").count()
         sliders = page.locator(".widget-slider").count()
         choices = page.locator(".widget-dropdown select option").all_inner_texts()
@@ -143,7 +144,7 @@ def test_run_all_in_the_browser(lab):
               if output["output_type"] == "error"]
     assert not errors, errors[0]
     assert all(cell["execution_count"] for cell in cells)
-    assert any("reproduced" in verdict for verdict in verdicts)
+    assert any("reproduced" in verdict for verdict in verdicts) and aligned == "left"
     assert figures >= 3 and sliders == 2 and choices == ["S", "I"]
 
 
