@@ -47,13 +47,22 @@ def samples(name):
         yield logits, torch.rand(B), 1.0, None
         yield logits.bfloat16(), torch.rand(B), 0.7, "cpu"
         yield logits, torch.rand(B).double(), 0.7, "reference"
+    if name == "clipped_policy_loss":
+        some = torch.rand(B, T) < 0.5
+        band = 0.2, 0.3
+        yield steps, steps, steps[:, 0], None, None, *band, 0.0, "k3", "token", False, None
+        yield (steps.clone().requires_grad_(), steps * 0.9, steps, some, steps * 1.1, *band, 0.1,
+               "k3", "sequence", True, "cpu")  # fmt: skip
+        yield (steps.bfloat16().requires_grad_(), steps, steps[:, 0], some, steps, *band, 0.1,
+               "k2", "sum", True, "reference")  # fmt: skip
     if name == "flags":
         yield flags.float(), "mask"
 
 
 def test_the_list_of_operators_is_the_registry():
     assert set(OPERATORS) == {
-        "gae", "supported_gae", "token_logps", "sample_tokens", "grouped_advantage"}
+        "gae", "supported_gae", "token_logps", "sample_tokens", "grouped_advantage",
+        "clipped_policy_loss"}
     assert set(REGISTERED) == {n for n in dispatch._functions if "." not in n}
 
 
@@ -79,6 +88,9 @@ def all_operators(rewards, values, flags, logits, ids):
     support = support + drawn.float().sum() + logps.sum()
     compared = ops.grouped_advantage(rewards.flatten() * 2, ids=flags.flatten().long())
     support = support + compared.sum() + ops.grouped_advantage(rewards[0], 1).sum()
+    loss, figures = ops.clipped_policy_loss(out.logps[:, None], ids[:, None] * -1.0, out.entropy,
+                                            mask=flags[:, :1])  # fmt: skip
+    support = support + loss + figures.clipped_low
     return (advantages + floored + targets).sum() + (out.logps + out.entropy).sum() + support
 
 

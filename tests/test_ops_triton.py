@@ -12,7 +12,7 @@ COMPILE = """
 import itertools, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from alignkit._triton import advantages, grouped, logprobs, sampling
+from alignkit._triton import advantages, grouped, logprobs, policy_loss, sampling
 
 F32, BF16, I8, I64, INT = "*fp32", "*bf16", "*u8", "*i64", "i32"
 FLAGS = ("HAS_END", "HAS_CUT", "HAS_BOOTSTRAP", "HAS_MASK", "HAS_FLOOR")
@@ -37,6 +37,11 @@ for arch in (80, 90):
     for baseline, scale, ragged in itertools.product((0, 1, 2), (0, 1, 2), (False, True)):
         build(grouped._grouped_fwd, shared, dict(BASELINE=baseline, SCALE=scale, BLOCK_G=4,
               HAS_OFFSETS=ragged, HAS_MASK=ragged, BLOCK_N=64), arch)
+    steps = dict(logps=F32, old_logps=F32, advantages=F32, mask=I8, ref_logps=F32, weights=F32,
+                 sums=F32, grad=F32, T=INT, eps_low="fp32", eps_high="fp32", beta="fp32")
+    for kl, all_given in ((0, True), (1, True), (2, True), (2, False)):
+        build(policy_loss._policy_loss_fwd, steps, dict(KL=kl, PER_ROW=all_given, BLOCK_T=1024)
+              | {f"HAS_{x}": all_given for x in ("MASK", "REF", "WEIGHTS", "GRAD")}, arch)
     for dtype in (F32, BF16):
         rows = dict(logits=dtype, ids=I64, stride=INT, V=INT, inverse_temperature="fp32")
         build(logprobs._token_logps_fwd, rows | dict(logps=F32, entropy=F32, tops=F32,

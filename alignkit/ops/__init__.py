@@ -15,12 +15,20 @@ from alignkit.ops.logprobs import (
     token_logps,
     token_logps_reference,
 )
+from alignkit.ops.policy_loss import (
+    LossFigures,
+    clipped_policy_loss,
+    clipped_policy_loss_reference,
+)
 from alignkit.ops.sampling import sample_tokens, sample_tokens_reference
 
 __all__ = [
     "Backend",
+    "LossFigures",
     "TokenLogps",
     "backends",
+    "clipped_policy_loss",
+    "clipped_policy_loss_reference",
     "gae",
     "gae_reference",
     "grouped_advantage",

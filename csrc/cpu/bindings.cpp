@@ -83,6 +83,26 @@ void bound_sample_tokens(std::uintptr_t logits, bool bfloat16, std::int64_t stri
                  at<float>(logps), N, V});
 }
 
+void bound_policy_loss(std::uintptr_t logps, std::uintptr_t old_logps, std::uintptr_t advantages,
+                       bool advantage_per_row, std::uintptr_t mask, std::uintptr_t ref_logps,
+                       std::uintptr_t weights, float eps_low, float eps_high, float beta, int kl,
+                       std::uintptr_t sums, std::uintptr_t grad, std::int64_t B,
+                       std::int64_t T) {
+  require_sizes(B, T);
+  require(sums, "sums");
+  if (kl < 0 || kl > 2) throw std::invalid_argument("kl must be 0, 1 or 2");
+  if (B > 0 && T > 0) {
+    require(logps, "logps");
+    require(old_logps, "old_logps");
+    require(advantages, "advantages");
+  }
+  clipped_policy_loss({at<const float>(logps), at<const float>(old_logps),
+                       at<const float>(advantages), advantage_per_row,
+                       at<const std::uint8_t>(mask), at<const float>(ref_logps),
+                       at<const float>(weights), eps_low, eps_high, beta, static_cast<Kl>(kl),
+                       at<double>(sums), at<float>(grad), B, T});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -93,4 +113,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("token_logps", &bound_token_logps, no_gil);
   m.def("token_logps_backward", &bound_token_logps_backward, no_gil);
   m.def("sample_tokens", &bound_sample_tokens, no_gil);
+  m.def("clipped_policy_loss", &bound_policy_loss, no_gil);
 }

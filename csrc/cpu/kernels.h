@@ -50,4 +50,30 @@ struct SampleTokensArguments {
 
 void sample_tokens(const SampleTokensArguments& args);
 
+enum class Kl { k1, k2, k3 };
+
+// What `clipped_policy_loss` adds up over the steps that count.
+constexpr int kPolicySums = 6;  // loss, clipped below, clipped above, kl, old - new, steps
+
+// (B, T) without gaps. A null pointer is an argument that was not given.
+struct PolicyLossArguments {
+  const float* logps;
+  const float* old_logps;
+  const float* advantages;
+  bool advantage_per_row;  // advantages are (B,)
+  const std::uint8_t* mask;
+  const float* ref_logps;
+  const float* weights;  // (B,) of the rows
+  float eps_low;
+  float eps_high;
+  float beta;
+  Kl kl;
+  double* sums;  // (kPolicySums,)
+  float* grad;   // of the first sum by `logps`; null: not wanted
+  std::int64_t B;
+  std::int64_t T;
+};
+
+void clipped_policy_loss(const PolicyLossArguments& args);
+
 }  // namespace alignkit

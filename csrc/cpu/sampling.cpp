@@ -5,7 +5,6 @@
 // float inside a chunk and double across chunks.
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <vector>
 
 #include "kernels.h"
@@ -22,13 +21,6 @@ struct Chunk {
 
 void exponentials(const float* x, int n, float top, float inverse_temperature, float* e) {
   for (int i = 0; i < n; ++i) e[i] = exp_negative((x[i] - top) * inverse_temperature);
-}
-
-double sum(const float* e, int n) {
-  float lanes[kLanes] = {};
-  for (int i = 0; i < n; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] += e[i + l];
-  return std::accumulate(lanes, lanes + kLanes, 0.0);
 }
 
 // Fills `chunks`, the last of which then has the largest logit of the row.

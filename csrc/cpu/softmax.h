@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "layout.h"
 
@@ -58,6 +59,14 @@ inline float maximum(const float* x, int n) {
   for (int i = 0; i < n; i += kLanes)
     for (int l = 0; l < kLanes; ++l) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
   return *std::max_element(lanes, lanes + kLanes);
+}
+
+// `n` is a multiple of kLanes.
+inline double sum(const float* x, int n) {
+  float lanes[kLanes] = {};
+  for (int i = 0; i < n; i += kLanes)
+    for (int l = 0; l < kLanes; ++l) lanes[l] += x[i + l];
+  return std::accumulate(lanes, lanes + kLanes, 0.0);
 }
 
 // Copies a chunk as floats and fills it up with -inf, which adds nothing.

@@ -1,0 +1,130 @@
+// PPO's clipped surrogate (Schulman et al. 2017, eq. 7) with a KL penalty, and its gradient.
+//
+// A row comes in chunks: what does not count is replaced when it is loaded, so that every loop
+// after that runs without a branch. Sums are float inside a chunk and double across chunks.
+#include <algorithm>
+#include <numeric>
+
+#include "kernels.h"
+#include "softmax.h"
+#include "wide.h"
+
+namespace alignkit {
+namespace {
+
+constexpr int kSteps = 512;
+constexpr float kHighest = 88.72f;  // beyond it, e^x is no float
+
+struct Steps {
+  float log_ratio[kSteps];  // log-probability now less when it acted
+  float behind[kSteps];     // the reference's log-probability less that of now
+  float advantage[kSteps];
+  float loss[kSteps];
+  float grad[kSteps];  // of the loss by the log-probability
+  float kl[kSteps];
+  float low[kSteps];  // 1 where the gradient is clipped away
+  float high[kSteps];
+};
+
+inline float exponential(float x) {
+  const float e = exp_negative(x > kHighest ? kHighest : x);
+  return x > kHighest ? kInf : e;
+}
+
+// Fills the steps of a chunk and pads them; returns how many count.
+std::int64_t load(const PolicyLossArguments& x, std::int64_t row, std::int64_t at, int n,
+                  Steps& s) {
+  const float *logps = x.logps + at, *old = x.old_logps + at;
+  const float* ref = x.ref_logps ? x.ref_logps + at : logps;
+  for (int i = 0; i < n; ++i) s.log_ratio[i] = logps[i] - old[i];
+  for (int i = 0; i < n; ++i) s.behind[i] = ref[i] - logps[i];
+  if (x.advantage_per_row) std::fill_n(s.advantage, n, x.advantages[row]);
+  else std::copy_n(x.advantages + at, n, s.advantage);
+  std::int64_t count = n;
+  if (x.mask) {
+    const std::uint8_t* mask = x.mask + at;
+    for (int i = 0; i < n; ++i) {
+      s.log_ratio[i] = mask[i] ? s.log_ratio[i] : 0.0f;
+      s.behind[i] = mask[i] ? s.behind[i] : 0.0f;
+      s.advantage[i] = mask[i] ? s.advantage[i] : 0.0f;
+    }
+    count = std::accumulate(mask, mask + n, std::int64_t{0});
+  }
+  for (float* column : {s.log_ratio, s.behind, s.advantage})
+    std::fill(column + n, column + (n + kLanes - 1) / kLanes * kLanes, 0.0f);
+  return count;
+}
+
+void surrogate(const PolicyLossArguments& x, int n, Steps& s) {
+  const float lowest = 1.0f - x.eps_low, highest = 1.0f + x.eps_high;
+  for (int i = 0; i < n; ++i) {
+    const float a = s.advantage[i], ratio = exponential(s.log_ratio[i]);
+    const float within = ratio < lowest ? lowest : ratio > highest ? highest : ratio;
+    const float free = -a * ratio, held = -a * within;
+    s.loss[i] = free < held ? held : free;
+    s.grad[i] = free < held ? 0.0f : free;
+    s.low[i] = a < 0.0f && ratio < lowest ? 1.0f : 0.0f;
+    s.high[i] = a > 0.0f && ratio > highest ? 1.0f : 0.0f;
+  }
+}
+
+// Schulman's three estimators of the KL divergence from the reference, and their gradients.
+void penalty(const PolicyLossArguments& x, int n, Steps& s) {
+  float slope[kSteps];
+  switch (x.kl) {
+    case Kl::k1:
+      for (int i = 0; i < n; ++i) s.kl[i] = -s.behind[i], slope[i] = 1.0f;
+      break;
+    case Kl::k2:
+      for (int i = 0; i < n; ++i)
+        s.kl[i] = 0.5f * s.behind[i] * s.behind[i], slope[i] = -s.behind[i];
+      break;
+    case Kl::k3:
+      for (int i = 0; i < n; ++i) {
+        const float d = s.behind[i], e = exponential(d);
+        // e^d - d - 1 of a small d is lost between numbers of size 1
+        const float near = d * d * (0.5f + d * (1.0f / 6 + d * (1.0f / 24 + d * (1.0f / 120))));
+        s.kl[i] = d < 0.1f && d > -0.1f ? near : e - d - 1.0f;
+        slope[i] = d < 0.1f && d > -0.1f ? -(d + near) : 1.0f - e;
+      }
+  }
+  for (int i = 0; i < n; ++i) {
+    s.loss[i] += x.beta * s.kl[i];
+    s.grad[i] += x.beta * slope[i];
+  }
+}
+
+}  // namespace
+
+ALIGNKIT_WIDE void clipped_policy_loss(const PolicyLossArguments& x) {
+  Steps s;
+  double loss = 0.0, low = 0.0, high = 0.0, kl = 0.0, moved = 0.0;
+  std::int64_t count = 0;
+  for (std::int64_t row = 0; row < x.B; ++row) {
+    const float weight = x.weights ? x.weights[row] : 1.0f;
+    double of_row = 0.0;
+    for (std::int64_t start = 0; start < x.T; start += kSteps) {
+      const std::int64_t at = row_start(row, x.T) + start;
+      const int real = static_cast<int>(std::min<std::int64_t>(kSteps, x.T - start));
+      const int n = (real + kLanes - 1) / kLanes * kLanes;
+      count += load(x, row, at, real, s);
+      surrogate(x, n, s);
+      if (x.ref_logps) {
+        penalty(x, n, s);
+        kl += sum(s.kl, n);
+      }
+      if (x.grad)
+        for (int i = 0; i < real; ++i)
+          x.grad[at + i] = !x.mask || x.mask[at + i] ? weight * s.grad[i] : 0.0f;
+      of_row += sum(s.loss, n);  // padding adds e^0 * 0
+      low += sum(s.low, n);
+      high += sum(s.high, n);
+      moved -= sum(s.log_ratio, n);
+    }
+    loss += weight * of_row;
+  }
+  const double sums[kPolicySums] = {loss, low, high, kl, moved, static_cast<double>(count)};
+  std::copy_n(sums, kPolicySums, x.sums);
+}
+
+}  // namespace alignkit
