@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from alignkit.models.language import LanguagePolicy, Tokens, tiny_causal_lm, tiny_critic
 from alignkit.models.scores import ScoreLMScorer, tiny_scorelm
 from alignkit.preferences import PreferencePairs, fit_scorelm, fit_sft
-from alignkit.rl.algorithms import BSPO, PPO
+from alignkit.rl.algorithms import BSPO, GRPO, PPO, RLOO, DrGRPO, ReinforcePlusPlus
 from alignkit.rl.language import LanguageCollector
 from alignkit.rl.train import train
 from alignkit.storage import Checkpoints
@@ -43,16 +43,16 @@ def scorelm(seed=2):
     return model
 
 
-def policy_steps(algorithm, **options):
+def policy_steps(algorithm, group_size=1, **options):
     policy = LanguagePolicy(tiny_causal_lm(TOKENIZER, seed=0))
-    critic = tiny_critic(TOKENIZER, seed=1)
+    critic = tiny_critic(TOKENIZER, seed=1) if group_size == 1 else None
     prompts = torch.arange(12)[:, None]
     collect = LanguageCollector(
         policy, prompts, torch.ones_like(prompts).bool(), ScoreLMScorer(scorelm(), 0.06),
-        batch_size=8, max_new_tokens=6, seed=0, eos_token_id=3)
+        batch_size=8, max_new_tokens=6, seed=0, eos_token_id=3, group_size=group_size)
     history = train(collect, policy, critic, algorithm, lr=1e-3, minibatches=2, seed=0,
                     **{"rounds": 2} | options)
-    return torch.nn.ModuleList([policy, critic]), history
+    return torch.nn.ModuleList([policy] if critic is None else [policy, critic]), history
 
 
 def score_steps():
@@ -106,6 +106,11 @@ def main(out):
     histories = {}
     runs = {"ppo": lambda: policy_steps(PPO(entropy_coef=0.01)),
             "bspo": lambda: policy_steps(BSPO(v_min=-3.0)),
+            "grpo": lambda: policy_steps(GRPO(), group_size=4),
+            "grpo_token": lambda: policy_steps(GRPO(average="token"), group_size=4),
+            "dr_grpo": lambda: policy_steps(DrGRPO(max_tokens=6), group_size=4),
+            "rloo": lambda: policy_steps(RLOO(), group_size=4),
+            "reinforce": lambda: policy_steps(ReinforcePlusPlus(), group_size=4),
             "scorelm": score_steps, "sft": sft_steps}
     for name, steps in runs.items():
         module, histories[name] = steps()

@@ -20,7 +20,7 @@ from alignkit.training import fit
 
 STEPS = Path(__file__).with_name("accelerate_steps.py")
 LAUNCH = resources.files("alignkit") / "launch"
-RUNS = ["ppo", "bspo", "scorelm", "sft"]
+RUNS = ["ppo", "bspo", "grpo", "grpo_token", "dr_grpo", "rloo", "reinforce", "scorelm", "sft"]
 
 
 def steps(folder, *launcher):
@@ -48,7 +48,7 @@ def told(folder, process=0):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_end_with_the_weights_of_one(ended, name):
-    "PPO, BSPO, ScoreLM and SFT; masks and lengths differ, so a mean of means would be wrong."
+    "Everything that learns; masks and lengths differ, so a mean of means would be wrong."
     one, two = ended
     expected = load_file(one / f"{name}-0.safetensors")
     found, other = (load_file(two / f"{name}-{process}.safetensors") for process in (0, 1))

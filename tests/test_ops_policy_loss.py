@@ -60,6 +60,33 @@ def test_agrees_with_float64(backend, kl, reduction):
     assert_as_good_as_torch(grads)
 
 
+def by_the_formula(x, low, high, beta, kl, reduction):
+    """Loss and figures, step by step in Python."""
+    losses, figures = [[] for _ in x["logps"]], []
+    for b, t in x["mask"].nonzero().tolist():
+        new, old, ref, a = (float(x[name][b, t]) for name in
+                            ("logps", "old_logps", "ref_logps", "advantages"))  # fmt: skip
+        ratio, d = math.exp(new - old), ref - new
+        estimate = {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - d - 1}[kl]
+        surrogate = min(ratio * a, min(max(ratio, 1 - low), 1 + high) * a)
+        losses[b].append(beta * estimate - surrogate)
+        held = surrogate != ratio * a
+        figures.append((held and ratio < 1, held and ratio > 1, estimate, old - new))
+    flat = [loss for row in losses for loss in row]
+    total = {"sum": sum(flat), "token": sum(flat) / len(flat),
+             "sequence": sum(sum(row) / len(row) for row in losses if row) / len(losses)}[reduction]
+    return [total, *(sum(column) / len(flat) for column in zip(*figures, strict=True))]
+
+
+@pytest.mark.parametrize("kl", ESTIMATORS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_reference_is_the_formula(kl, reduction):
+    x = as_dtype(case(6, 7, 2), torch.float64)
+    expected = by_the_formula(x, 0.3, 0.1, 0.5, kl, reduction)
+    found, _ = run(x, eps_low=0.3, eps_high=0.1, beta=0.5, kl=kl, reduction=reduction)
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("kl", ESTIMATORS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradient_of_the_reference(kl, reduction):

@@ -17,7 +17,18 @@ from alignkit.models.language import (
     tiny_critic,
 )
 from alignkit.models.scores import ScoreLMScorer, Scores, tiny_scorelm
-from alignkit.rl.algorithms import BSPO, PPO, Batch, Targets, clipped_policy_loss, health
+from alignkit.rl.algorithms import (
+    BSPO,
+    GRPO,
+    PPO,
+    RLOO,
+    Batch,
+    DrGRPO,
+    ReinforcePlusPlus,
+    Targets,
+    health,
+    penalised_rewards,
+)
 from alignkit.rl.language import LanguageCollector, score_samples
 from alignkit.rl.rollout import Rollout, masked_mean, whiten
 from alignkit.rl.train import train, zero_std_share
@@ -35,30 +46,8 @@ def random_rollout():
         inputs=torch.arange(B), logps=-torch.rand(B, T, generator=g),
         rewards=torch.randn(B, T, generator=g) * mask, terminated=ends,
         truncated=torch.zeros_like(ends), mask=mask, values=torch.randn(B, T + 1, generator=g),
-        supported=torch.rand(B, T, generator=g) > 0.2, ref_logps=-torch.rand(B, T, generator=g))
-
-
-def test_clipped_loss_is_the_formula():
-    g = torch.Generator().manual_seed(1)
-    logps, old, advantages = torch.randn(3, 4, 5, generator=g)
-    mask = torch.rand(4, 5, generator=g) > 0.3
-    total, removed = 0.0, 0
-    for b, t in mask.nonzero().tolist():
-        ratio, a = math.exp(logps[b, t] - old[b, t]), float(advantages[b, t])
-        surrogate = min(ratio * a, min(max(ratio, 0.7), 1.4) * a)
-        removed += surrogate != ratio * a
-        total -= surrogate
-    loss, share = clipped_policy_loss(logps, old, advantages, mask, 0.3, 0.4)
-    assert loss.item() == pytest.approx(total / int(mask.sum()), rel=1e-5)
-    assert share.item() == pytest.approx(removed / int(mask.sum()))
-
-
-def test_padding_that_would_overflow_is_masked_before_the_exponential():
-    logps = torch.tensor([[0.0, 1e4]], requires_grad=True)
-    loss, _ = clipped_policy_loss(logps, torch.zeros(1, 2), torch.ones(1, 2),
-                                  torch.tensor([[True, False]]), 0.2, 0.2)
-    loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(logps.grad).all()
+        supported=torch.rand(B, T, generator=g) > 0.2, ref_logps=-torch.rand(B, T, generator=g),
+        group_ids=torch.tensor([3, 3, 0, 0, 0]))
 
 
 def slow_gae(rewards, values, ends, mask, gamma, lam):
@@ -89,11 +78,11 @@ def test_ppo_targets_are_gae_whitened_over_what_counts():
 
 def test_the_kl_penalty_is_paid_step_by_step():
     rollout = random_rollout()
-    paid = rollout.rewards - PPO(beta=0.1).rewards(rollout)
+    paid = rollout.rewards - penalised_rewards(rollout, 0.1)
     assert torch.allclose(paid, 0.1 * (rollout.logps - rollout.ref_logps), atol=1e-6)
     rollout.ref_logps = None
     with pytest.raises(ValueError, match="^ref_logps: expected"):
-        PPO(beta=0.1).rewards(rollout)
+        PPO(beta=0.1).targets(rollout)
 
 
 def test_bspo_on_supported_rollouts_is_ppo():
@@ -214,8 +203,8 @@ class World:
     def collector(self, **options):
         collect = LanguageCollector(
             self.policy, self.prompts, torch.ones_like(self.prompts).bool(),
-            lambda rollout: self.scorer(rollout), batch_size=8, max_new_tokens=4, seed=0,
-            **options)
+            lambda rollout: self.scorer(rollout), max_new_tokens=4, seed=0,
+            **{"batch_size": 8} | options)
 
         def counted(round_):
             self.round = round_
@@ -343,18 +332,23 @@ def policy_loss_of_logits(algorithm, rollout, padding):
     targets = algorithm.targets(rollout)
     loss, figures = algorithm.loss(Batch(rollout, targets), evaluation, values[:, :-1])
     loss.backward()
-    return [loss.detach(), logits.grad, values.grad, *figures.values()]
+    gradients = [x.grad for x in (values, logits) if x.grad is not None]
+    return [loss.detach(), *figures.values(), *gradients]
+
+
+WITH_CRITIC = PPO(entropy_coef=0.1, beta=0.1), BSPO(v_min=-9.0, entropy_coef=0.1, beta=0.1)
+ALONE = [kind(entropy_coef=0.1, beta=0.1) for kind in (GRPO, RLOO, ReinforcePlusPlus)] + [
+    GRPO(average="token", kl="k2", beta=0.1), DrGRPO(max_tokens=9, kl="k1", beta=0.1)]
 
 
 @pytest.mark.parametrize("padding", [1e4, -1e4])
-@pytest.mark.parametrize("algorithm", [
-    PPO(entropy_coef=0.1, beta=0.1), BSPO(v_min=-9.0, entropy_coef=0.1, beta=0.1)])
+@pytest.mark.parametrize("algorithm", [*WITH_CRITIC, *ALONE])
 def test_what_padding_says_changes_neither_loss_nor_gradient(algorithm, padding):
     rollout = random_rollout()
     rollout.mask[3, 2:4] = False  # in the middle, as text that somebody else wrote
     expected = policy_loss_of_logits(algorithm, rollout, 0.0)
     found = policy_loss_of_logits(algorithm, rollout, padding)
-    assert expected[1][rollout.mask].abs().max() > 0 and not expected[1][~rollout.mask].any()
+    assert expected[-1][rollout.mask].abs().max() > 0 and not expected[-1][~rollout.mask].any()
     for clean, overflowing in zip(expected, found, strict=True):
         assert torch.equal(clean, overflowing)
 

@@ -68,7 +68,7 @@ def clipped_policy_loss_reference(
     else:
         total = loss.sum() / (n if reduction == "token" else 1)
     low, high = (a < 0) & (ratio < 1 - eps_low), (a > 0) & (ratio > 1 + eps_high)
-    return total, LossFigures(*((x.detach().sum() / n).to(total.dtype) for x in
+    return total, LossFigures(*(x.detach().to(total.dtype).sum() / n for x in
                                 (low, high, estimate, old - logps)))
 
 # %% ../../nbs/kernels/05_policy_loss.ipynb #674b7f9c

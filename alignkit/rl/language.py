@@ -76,7 +76,11 @@ class LanguageCollector:
 
     @torch.no_grad()
     def __call__(self, round_: int) -> Rollout:
-        return score_samples(self.samples(round_), self.scorer, self.ref_policy)
+        rollout = score_samples(self.samples(round_), self.scorer, self.ref_policy)
+        if self.group_size > 1:
+            rows = torch.arange(self.batch_size, device=rollout.logps.device)
+            rollout.group_ids = rows // self.group_size
+        return rollout
 
 # %% ../../nbs/library/10c_rl_language.ipynb #e8bd26a6
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .algorithms import Algorithm, Batch, Critic, Policy
-from .rollout import Rollout, masked_mean
+from .rollout import Rollout, masked_mean, row_totals
 from ..training import check_finite, fit, generator, named_tensors
 
 # %% ../../nbs/library/10b_rl_train.ipynb #d6fa1dce
@@ -21,31 +21,40 @@ class PolicyObjective(nn.Module):
     "The algorithm's loss as a module over everything that learns."
 
     policy: Policy
-    critic: Critic
+    critic: Critic | None
     whole_weights = True  # the policy samples between the steps
 
-    def __init__(self, policy: Policy, critic: Critic, algorithm: Algorithm):
+    def __init__(self, policy: Policy, critic: Critic | None, algorithm: Algorithm):
         super().__init__()
         self.policy, self.critic, self.algorithm = policy, critic, algorithm
         self.of_the_round: dict[str, Tensor] = {}  # figures of the whole rollout
 
+    def begin(self, rollout: Rollout) -> None:
+        "Starts a round."
+        self.of_the_round = _round_figures(rollout)
+        self._first = True  # its weights are those that sampled
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         evaluation = self.policy.evaluate(batch.rollout)
-        values = self.critic.values(batch.rollout)[:, :-1]
-        loss, figures = self.algorithm.loss(batch, evaluation, values)
+        if self._first:
+            self.of_the_round |= _mismatch(evaluation.logps, batch.rollout)
+            self._first = False
+        loss, figures = self.algorithm.loss(batch, evaluation, self.values(batch))
         return loss, figures | _rollout_figures(batch.rollout) | self.of_the_round
+
+    def values(self, batch: Batch) -> Tensor | None:  # (B, T)
+        return None if self.critic is None else self.critic.values(batch.rollout)[:, :-1]
 
     def parts(self, batch: Batch) -> dict[str, Tensor]:
         "What lies between the batch and its loss, for `training.NotFinite`."
-        evaluation = self.policy.evaluate(batch.rollout)
-        values = self.critic.values(batch.rollout)[:, :-1]
-        parts = {"policy.logps": evaluation.logps, "policy.entropy": evaluation.entropy,
-                 "critic.values": values}
+        evaluation, values = self.policy.evaluate(batch.rollout), self.values(batch)
+        parts = {"policy.logps": evaluation.logps, "policy.entropy": evaluation.entropy}
+        parts |= {} if values is None else {"critic.values": values}
         return {name: x.where(batch.targets.mask, 0.0) for name, x in parts.items()}
 
 
 def _rollout_figures(rollout: Rollout) -> dict[str, Tensor]:
-    figures = {"reward": rollout.rewards.where(rollout.mask, 0.0).sum(1).mean(),
+    figures = {"reward": row_totals(rollout.rewards, rollout.mask).mean(),
                "completions/mean_length": rollout.mask.sum(1).float().mean()}
     if rollout.supported is not None:
         figures["supported"] = masked_mean(rollout.supported.float(), rollout.mask)
@@ -70,10 +79,28 @@ def zero_std_share(
     return torch.isclose(lowest, highest).float().mean()
 
 # %% ../../nbs/library/10b_rl_train.ipynb #b136af6b
+def _round_figures(rollout: Rollout) -> dict[str, Tensor]:
+    "Figures of a whole rollout."
+    rewards, lengths = row_totals(rollout.rewards, rollout.mask), rollout.mask.sum(1)
+    return {
+        "reward_std": rewards.std(correction=min(1, len(rewards) - 1)),
+        "frac_reward_zero_std": zero_std_share(rewards, rollout.group_ids),
+        "completions/min_length": lengths.min().float(),
+        "completions/max_length": lengths.max().float(),
+        "num_tokens": lengths.sum().float()}
+
+
+def _mismatch(logps: Tensor, rollout: Rollout) -> dict[str, Tensor]:
+    difference = (logps.detach() - rollout.logps).abs().where(rollout.mask, 0.0)
+    name = "sampling/sampling_logp_difference"
+    return {f"{name}/mean": masked_mean(difference, rollout.mask),
+            f"{name}/max": difference.max()}
+
+# %% ../../nbs/library/10b_rl_train.ipynb #5aab0d80
 def train(
     collect: Callable[[int], Rollout],  # round -> what the current policy did
     policy: Policy,  # a torch module, improved in place
-    critic: Critic,  # a torch module, improved in place
+    critic: Critic | None,  # the same; None for algorithms that need no values
     algorithm: Algorithm,
     *,
     rounds: int,
@@ -89,12 +116,11 @@ def train(
     def batches(round_: int) -> Iterator[Batch]:
         with torch.no_grad():
             rollout = collect(round_)
-            rollout = replace(rollout, values=critic.values(rollout))
+            if critic is not None:
+                rollout = replace(rollout, values=critic.values(rollout))
             targets = algorithm.targets(rollout)
             check_finite(named_tensors(targets), beside=rollout)
-            rewards = rollout.rewards.where(rollout.mask, 0.0).sum(1)
-            objective.of_the_round = {
-                "frac_reward_zero_std": zero_std_share(rewards, rollout.group_ids)}
+            objective.begin(rollout)
         for epoch in range(epochs):
             order = torch.randperm(
                 len(rollout), generator=generator(seed, "rows", round_, epoch))
