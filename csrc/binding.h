@@ -53,6 +53,24 @@ inline GaeArguments gae_arguments(std::uintptr_t rewards, std::uintptr_t values,
           T};
 }
 
+inline DualGaeArguments dual_gae_arguments(
+    std::uintptr_t rewards, std::uintptr_t costs, std::uintptr_t values,
+    std::uintptr_t cost_values, std::uintptr_t terminated, std::uintptr_t truncated,
+    std::uintptr_t mask, float gamma, float lam, float multiplier, std::uintptr_t advantages,
+    std::uintptr_t cost_advantages, std::uintptr_t combined, std::int64_t B, std::int64_t T) {
+  const auto of = [&](std::uintptr_t x, std::uintptr_t v, std::uintptr_t out) {
+    return gae_arguments(x, v, terminated, truncated, 0, mask, 0, 0.0f, gamma, lam, out, 0, B, T);
+  };
+  if (B > 0 && T > 0) {
+    require(costs, "costs");
+    require(cost_values, "cost_values");
+    require(cost_advantages, "cost_advantages");
+    require(combined, "combined");
+  }
+  return {of(rewards, values, advantages), of(costs, cost_values, cost_advantages), multiplier,
+          at<float>(combined)};
+}
+
 inline GroupedArguments grouped_arguments(std::uintptr_t rewards, std::uintptr_t mask,
                                           std::uintptr_t offsets, std::int64_t group_size,
                                           int baseline, int scale, std::uintptr_t batch_std,

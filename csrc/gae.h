@@ -1,4 +1,4 @@
-// What the C++ and the CUDA kernel of `gae` and `supported_gae` receive.
+// What the C++ and the CUDA kernels of `gae`, `supported_gae` and `dual_gae` receive.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,15 @@ struct GaeArguments {
   float* targets;     // (B, T), null without `supported`
   std::int64_t B;
   std::int64_t T;
+};
+
+// Rewards and costs of the same steps, with a critic each; combined = (A - multiplier * A_cost) /
+// (1 + multiplier).
+struct DualGaeArguments {
+  GaeArguments reward;
+  GaeArguments cost;  // the same flags
+  float multiplier;
+  float* combined;  // (B, T)
 };
 
 // c * x, where c = 0 means that the trace stops: what lies behind is not seen, NaN included.

@@ -30,6 +30,10 @@ def samples(name):
     if name == "supported_gae":
         yield steps, values, flags, None, None, -1.0, 0.9, 0.95, None
         yield steps.double(), values, flags, flags, flags, -1.0, 0.9, 0.95, None
+    if name == "dual_gae":
+        yield steps, steps, values, values, flags, None, None, 0.9, 0.95, 0.5, None
+        yield (steps.bfloat16(), steps, values, values.bfloat16(), flags, flags, flags, 1.0, 1.0,
+               0.0, "reference")  # fmt: skip
     if name == "grouped_advantage":
         rewards, starts = torch.randn(6), torch.tensor([0, 2, 2, 6])
         keys, mask = torch.tensor([3, 1, 3, 3, 0, 1]), torch.rand(6) < 0.5
@@ -61,7 +65,7 @@ def samples(name):
 
 def test_the_list_of_operators_is_the_registry():
     assert set(OPERATORS) == {
-        "gae", "supported_gae", "token_logps", "sample_tokens", "grouped_advantage",
+        "gae", "supported_gae", "dual_gae", "token_logps", "sample_tokens", "grouped_advantage",
         "clipped_policy_loss"}
     assert set(REGISTERED) == {n for n in dispatch._functions if "." not in n}
 
@@ -82,6 +86,8 @@ def compiled(f, backend="aot_eager"):
 def all_operators(rewards, values, flags, logits, ids):
     advantages = ops.gae(rewards * 2, values, flags, 0.9, truncated=flags, mask=flags)
     floored, targets = ops.supported_gae(rewards, values, flags > 0, -2.0, mask=flags)
+    both = ops.dual_gae(rewards, rewards * 2, values, values, flags, 0.9, 0.9, 0.5)[2]
+    floored = floored + both
     out = ops.token_logps(logits * 0.5, ids, temperature=0.7, eps_beta=0.1)
     support = out.supported.float().sum()
     drawn, logps = ops.sample_tokens(logits, torch.full(ids.shape, 0.5), temperature=0.7)

@@ -144,13 +144,15 @@ def test_the_example_computed_by_hand(backend):
 def gae_case(B, T, seed, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     flag = lambda p: torch.rand(B, T, generator=g) < p  # noqa: E731
+    mask = flag(0.7)
+    mask[1::2] = torch.arange(T) < 0.6 * T  # and rows that are counted, then padding
     return {
         "rewards": torch.randn(B, T, generator=g).to(dtype),
         "values": torch.randn(B, T + 1, generator=g).to(dtype),
         "terminated": flag(0.1),
         "truncated": flag(0.1),
         "bootstrap": torch.randn(B, T, generator=g).to(dtype),
-        "mask": flag(0.7),
+        "mask": mask,
         "supported": flag(0.8),
     }
 
@@ -212,6 +214,50 @@ def test_supported_gae_agrees_with_float64(backend, options, dtype):
         assert all(o.shape == (B, T) and o.dtype == torch.float32 for o in ours)
         cases += zip(ours, torchs, exact, strict=True)
     assert_as_good_as_torch(cases)
+
+
+def dual_case(B, T, seed, dtype=torch.float32):
+    cost, x = gae_case(B, T, seed + 100, dtype), gae_case(B, T, seed, dtype)
+    return x | {"costs": cost["rewards"], "cost_values": cost["values"]}
+
+
+def run_dual(x, options, op=ops.dual_gae, multiplier=0.7, **extra):
+    chosen = {k: x[k] for k in options}
+    columns = (x[k] for k in ("rewards", "costs", "values", "cost_values", "terminated"))
+    return op(*columns, 0.97, 0.9, multiplier, **chosen, **extra)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("options", [o for o in GAE_OPTIONS if "bootstrap" not in o], ids="-".join)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dual_gae_is_gae_twice_and_their_combination(backend, options, dtype):
+    device, cases = require(backend), []
+    for seed, (B, T) in enumerate(SHAPES[backend]):
+        x = dual_case(B, T, seed, dtype)
+        with poisoned():
+            ours = run_dual(move(x, device), options, backend=backend)
+        assert all(o.shape == (B, T) and o.dtype == torch.float32 for o in ours)
+        torchs, exact = (run_dual(y, options, op=ops.dual_gae_reference) for y in (x, double(x)))
+        cases += zip(ours, torchs, exact, strict=True)
+        costs = x | {"rewards": x["costs"], "values": x["cost_values"]}
+        for found, alone in zip(ours, (x, costs), strict=False):
+            assert torch.equal(found, run_gae(move(alone, device), options, backend))
+    assert_as_good_as_torch(cases)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"costs": torch.zeros(2, 4)}, r"costs: expected shape \(2, 3\), got \(2, 4\)"),
+    ({"cost_values": torch.zeros(2, 3)}, r"cost_values: expected shape \(2, 4\), got \(2, 3\)"),
+    ({"multiplier": -0.1}, "multiplier: expected a finite number"),
+    ({"mask": torch.full((2, 3), 0.5)}, "mask: expected only 0 and 1"),
+])  # fmt: skip
+def test_bad_input_of_dual_gae_is_refused_by_name(change, message):
+    right = {"rewards": torch.zeros(2, 3), "costs": torch.zeros(2, 3),
+             "values": torch.zeros(2, 4), "cost_values": torch.zeros(2, 4),
+             "terminated": torch.zeros(2, 3), "gamma": 1.0, "lam": 1.0,
+             "multiplier": 1.0}  # fmt: skip
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ops.dual_gae(**(right | change))
 
 
 @pytest.mark.parametrize("backend", KERNELS)

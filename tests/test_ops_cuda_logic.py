@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from ops_cases import assert_as_good_as_torch, double
-from test_ops_advantages import GAE_OPTIONS, SUPPORTED_OPTIONS, gae_case, run_gae, run_supported
+from test_ops_advantages import (
+    GAE_OPTIONS,
+    SUPPORTED_OPTIONS,
+    dual_case,
+    gae_case,
+    run_dual,
+    run_gae,
+    run_supported,
+)
 from test_ops_grouped import DIALECTS, KINDS, groups
 
 from alignkit import ops
@@ -26,6 +34,16 @@ extern "C" void entry(void** p, float v_min, float gamma, float decay, long B, l
   alignkit::gae_on_device({(float*)p[0], (float*)p[1], (std::uint8_t*)p[2], (std::uint8_t*)p[3],
       (float*)p[4], (std::uint8_t*)p[5], (std::uint8_t*)p[6], v_min, gamma, decay, (float*)p[7],
       (float*)p[8], B, T}, 0, nullptr);
+}
+"""
+DUAL_ENTRY = """
+extern "C" void entry(void** p, float gamma, float decay, float multiplier, long B, long T) {
+  const auto of = [&](int rewards, int values, int out) {
+    return alignkit::GaeArguments{(float*)p[rewards], (float*)p[values], (std::uint8_t*)p[4],
+        (std::uint8_t*)p[5], nullptr, (std::uint8_t*)p[6], nullptr, 0, gamma, decay,
+        (float*)p[out], nullptr, B, T};
+  };
+  alignkit::dual_gae_on_device({of(0, 2, 7), of(1, 3, 8), multiplier, (float*)p[9]}, 0, nullptr);
 }
 """
 GROUPED_ENTRY = """
@@ -58,6 +76,12 @@ def compiled(source, entry, types, folder):
 def kernel(tmp_path_factory):
     types = [ctypes.c_void_p, *[ctypes.c_float] * 3, *[ctypes.c_long] * 2]
     return compiled("gae.cu", GAE_ENTRY, types, tmp_path_factory.mktemp("gae"))
+
+
+@pytest.fixture(scope="module")
+def dual(tmp_path_factory):
+    types = [ctypes.c_void_p, *[ctypes.c_float] * 3, *[ctypes.c_long] * 2]
+    return compiled("gae.cu", DUAL_ENTRY, types, tmp_path_factory.mktemp("dual"))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +128,21 @@ def test_supported_gae(kernel, options):
         torchs = run_supported(x, options, op=ops.supported_gae_reference)
         exact = run_supported(double(x), options, op=ops.supported_gae_reference)
         cases += zip(ours, torchs, exact, strict=True)
+    assert_as_good_as_torch(cases)
+
+
+@pytest.mark.parametrize("options", [(), ("mask",), ("mask", "truncated")], ids="-".join)
+def test_dual_gae(dual, options):
+    cases = []
+    for seed, (B, T) in enumerate(SHAPES):
+        x = dual_case(B, T, seed)
+        given = {k: x[k] for k in options}
+        out = [torch.full((B, T), float("nan")) for _ in range(3)]
+        tensors = [*(x[k] for k in ("rewards", "costs", "values", "cost_values", "terminated")),
+                   given.get("truncated"), given.get("mask"), *out]  # fmt: skip
+        dual((ctypes.c_void_p * 10)(*map(pointer, tensors)), 0.97, 0.97 * 0.9, 0.7, B, T)
+        torchs, exact = (run_dual(y, options, op=ops.dual_gae_reference) for y in (x, double(x)))
+        cases += zip(out, torchs, exact, strict=True)
     assert_as_good_as_torch(cases)
 
 

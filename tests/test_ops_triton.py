@@ -32,6 +32,10 @@ for arch in (80, 90):
     for flags in ((1, 0, 0, 0, 0), (1, 1, 1, 1, 0), (0, 0, 0, 1, 1)):
         for block in (16, 1024):
             build(advantages._gae_fwd, GAE, dict(zip(FLAGS, flags)) | {"BLOCK_T": block}, arch)
+    dual = {k: v for k, v in GAE.items() if k not in ("bootstrap", "supported", "floored")} | dict(
+        costs=F32, cost_values=F32, cost_advantages=F32, combined=F32, multiplier="fp32")
+    for cut, mask in itertools.product((False, True), repeat=2):
+        build(advantages._dual_gae_fwd, dual, dict(HAS_CUT=cut, HAS_MASK=mask, BLOCK_T=1024), arch)
     shared = dict(rewards=F32, mask=I8, offsets=I64, batch_std="*fp64", advantages=F32,
                   group_size=INT, G=INT, eps="fp32")
     for baseline, scale, ragged in itertools.product((0, 1, 2), (0, 1, 2), (False, True)):

@@ -1,6 +1,8 @@
 """Operators: a reference in torch, and kernels in C++, CUDA and Triton that agree with it."""
 
 from alignkit.ops.advantages import (
+    dual_gae,
+    dual_gae_reference,
     gae,
     gae_reference,
     supported_gae,
@@ -29,6 +31,8 @@ __all__ = [
     "backends",
     "clipped_policy_loss",
     "clipped_policy_loss_reference",
+    "dual_gae",
+    "dual_gae_reference",
     "gae",
     "gae_reference",
     "grouped_advantage",

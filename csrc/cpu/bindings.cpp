@@ -19,6 +19,16 @@ void bound_gae(std::uintptr_t rewards, std::uintptr_t values, std::uintptr_t ter
                     gamma, lam, advantages, targets, B, T));
 }
 
+void bound_dual_gae(std::uintptr_t rewards, std::uintptr_t costs, std::uintptr_t values,
+                    std::uintptr_t cost_values, std::uintptr_t terminated,
+                    std::uintptr_t truncated, std::uintptr_t mask, float gamma, float lam,
+                    float multiplier, std::uintptr_t advantages, std::uintptr_t cost_advantages,
+                    std::uintptr_t combined, std::int64_t B, std::int64_t T) {
+  dual_gae(dual_gae_arguments(rewards, costs, values, cost_values, terminated, truncated, mask,
+                              gamma, lam, multiplier, advantages, cost_advantages, combined, B,
+                              T));
+}
+
 void bound_grouped(std::uintptr_t rewards, std::uintptr_t mask, std::uintptr_t offsets,
                    std::int64_t group_size, int baseline, int scale, std::uintptr_t batch_std,
                    double eps, std::uintptr_t advantages, std::int64_t G) {
@@ -109,6 +119,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "C++ kernels of alignkit.ops; arguments are addresses and sizes.";
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("gae", &bound_gae, no_gil);
+  m.def("dual_gae", &bound_dual_gae, no_gil);
   m.def("grouped_advantage", &bound_grouped, no_gil);
   m.def("token_logps", &bound_token_logps, no_gil);
   m.def("token_logps_backward", &bound_token_logps_backward, no_gil);

@@ -10,6 +10,8 @@ namespace alignkit {
 
 void gae(const GaeArguments& args);
 
+void dual_gae(const DualGaeArguments& args);
+
 void grouped_advantage(const GroupedArguments& args);
 
 enum class Dtype { float32, bfloat16 };

@@ -32,6 +32,19 @@ void bound_gae(std::uintptr_t rewards, std::uintptr_t values, std::uintptr_t ter
   check("gae", gae_on_device(args, device, reinterpret_cast<cudaStream_t>(stream)));
 }
 
+void bound_dual_gae(std::uintptr_t rewards, std::uintptr_t costs, std::uintptr_t values,
+                    std::uintptr_t cost_values, std::uintptr_t terminated,
+                    std::uintptr_t truncated, std::uintptr_t mask, float gamma, float lam,
+                    float multiplier, std::uintptr_t advantages, std::uintptr_t cost_advantages,
+                    std::uintptr_t combined, std::int64_t B, std::int64_t T, int device,
+                    std::uintptr_t stream) {
+  const DualGaeArguments args =
+      dual_gae_arguments(rewards, costs, values, cost_values, terminated, truncated, mask, gamma,
+                         lam, multiplier, advantages, cost_advantages, combined, B, T);
+  if (B == 0 || T == 0) return;
+  check("dual_gae", dual_gae_on_device(args, device, reinterpret_cast<cudaStream_t>(stream)));
+}
+
 void bound_grouped(std::uintptr_t rewards, std::uintptr_t mask, std::uintptr_t offsets,
                    std::int64_t group_size, int baseline, int scale, std::uintptr_t batch_std,
                    double eps, std::uintptr_t advantages, std::int64_t G, int device,
@@ -50,5 +63,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device_count", &device_count);
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("gae", &bound_gae, no_gil);
+  m.def("dual_gae", &bound_dual_gae, no_gil);
   m.def("grouped_advantage", &bound_grouped, no_gil);
 }

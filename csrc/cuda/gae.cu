@@ -66,14 +66,22 @@ __device__ void value_targets(const GaeArguments& x, std::int64_t start, std::in
   carry.waiting_target = __shfl_sync(kAll, target, leftmost);
 }
 
-__global__ void gae_kernel(GaeArguments x) {
-  const std::int64_t row = std::int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / kWarp;
-  if (row >= x.B) return;  // a whole warp leaves
-  const int lane = threadIdx.x % kWarp;
-  const std::int64_t start = row_start(row, x.T);
-  const float* values = x.values + row_start(row, x.T + 1);
-  Carry carry{0.0f, x.terminated ? values[x.T] : 0.0f, -1, 0.0f};
-  for (std::int64_t last = x.T - 1; last >= 0; last -= kWarp) {
+// A row, from its end. All lanes of a warp hold the same row.
+struct Row {
+  const GaeArguments& x;
+  std::int64_t start;
+  const float* values;
+  Carry carry;
+
+  __device__ Row(const GaeArguments& args, std::int64_t row)
+      : x(args),
+        start(row_start(row, args.T)),
+        values(args.values + row_start(row, args.T + 1)),
+        carry{0.0f, args.terminated ? values[args.T] : 0.0f, -1, 0.0f} {}
+
+  // The 32 steps that end at `last`; those behind them are done. Returns what it stored: the
+  // advantage of the lane's step.
+  __device__ float walk(std::int64_t last, int lane) {
     const std::int64_t t = last - lane;
     const bool real = t >= 0;
     const bool counts = real && (!x.mask || x.mask[start + t]);
@@ -90,24 +98,62 @@ __global__ void gae_kernel(GaeArguments x) {
     const float a = counts ? reward + x.gamma * after - value : 0.0f;
     const float c = !counts ? 1.0f : cut || ends || !supported ? 0.0f : x.decay;
     const float advantage = scan(a, c, lane, carry);
-    if (real) x.advantages[start + t] = counts ? advantage : 0.0f;
+    const float kept = counts ? advantage : 0.0f;
+    if (real) x.advantages[start + t] = kept;
     if (x.targets) {
       const unsigned unsupported = __ballot_sync(kAll, !supported);
       value_targets(x, start, t, advantage + value, counts, counted, unsupported, lane, carry);
     }
+    return kept;
   }
-  if (x.targets && carry.waiting >= 0 && lane == 0)
-    x.targets[start + carry.waiting] = carry.waiting_target;
+
+  __device__ void finish(int lane) {
+    if (x.targets && carry.waiting >= 0 && lane == 0)
+      x.targets[start + carry.waiting] = carry.waiting_target;
+  }
+};
+
+__device__ std::int64_t row_of_warp() {
+  return std::int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / kWarp;
+}
+
+__global__ void gae_kernel(GaeArguments x) {
+  if (row_of_warp() >= x.B) return;  // a whole warp leaves
+  const int lane = threadIdx.x % kWarp;
+  Row row(x, row_of_warp());
+  for (std::int64_t last = x.T - 1; last >= 0; last -= kWarp) row.walk(last, lane);
+  row.finish(lane);
+}
+
+__global__ void dual_gae_kernel(DualGaeArguments x) {
+  if (row_of_warp() >= x.reward.B) return;
+  const int lane = threadIdx.x % kWarp;
+  const float share = 1.0f / (1.0f + x.multiplier);
+  Row reward(x.reward, row_of_warp()), cost(x.cost, row_of_warp());
+  for (std::int64_t last = x.reward.T - 1; last >= 0; last -= kWarp) {
+    const float gain = reward.walk(last, lane), price = cost.walk(last, lane);
+    if (last >= lane) x.combined[reward.start + last - lane] = share * (gain - x.multiplier * price);
+  }
+}
+
+template <class Kernel, class Arguments>
+cudaError_t on_device(Kernel kernel, const Arguments& args, std::int64_t B, int device,
+                      cudaStream_t stream) {
+  const DeviceGuard guard(device);
+  if (guard.status() != cudaSuccess) return guard.status();
+  const auto blocks = static_cast<unsigned>((B + kWarpsPerBlock - 1) / kWarpsPerBlock);
+  kernel<<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args);
+  return cudaGetLastError();
 }
 
 }  // namespace
 
 cudaError_t gae_on_device(const GaeArguments& args, int device, cudaStream_t stream) {
-  const DeviceGuard guard(device);
-  if (guard.status() != cudaSuccess) return guard.status();
-  const auto blocks = static_cast<unsigned>((args.B + kWarpsPerBlock - 1) / kWarpsPerBlock);
-  gae_kernel<<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(args);
-  return cudaGetLastError();
+  return on_device(gae_kernel, args, args.B, device, stream);
+}
+
+cudaError_t dual_gae_on_device(const DualGaeArguments& args, int device, cudaStream_t stream) {
+  return on_device(dual_gae_kernel, args, args.reward.B, device, stream);
 }
 
 }  // namespace alignkit

@@ -10,6 +10,7 @@ namespace alignkit {
 
 // Each launches on `stream` of `device`; the arrays live there. None waits.
 cudaError_t gae_on_device(const GaeArguments& args, int device, cudaStream_t stream);
+cudaError_t dual_gae_on_device(const DualGaeArguments& args, int device, cudaStream_t stream);
 cudaError_t grouped_on_device(const GroupedArguments& args, int device, cudaStream_t stream);
 
 }  // namespace alignkit
