@@ -278,9 +278,9 @@ def dual_gae_reference(
     mask: Tensor | None = None, # (B, T) 1 = the step counts
 ) -> tuple[Tensor, Tensor, Tensor]: # (B, T): of rewards, of costs, combined
     "`gae` twice, and the direction of Safe RLHF (Dai et al. 2024)."
-    shared = {"gamma": gamma, "lam": lam, "truncated": truncated, "mask": mask}
-    advantages = gae_reference(rewards, values, terminated, **shared)
-    cost_advantages = gae_reference(costs, cost_values, terminated, **shared)
+    advantages, cost_advantages = (
+        gae_reference(x, v, terminated, gamma, lam, truncated=truncated, mask=mask)
+        for x, v in ((rewards, values), (costs, cost_values)))
     combined = (advantages - multiplier * cost_advantages) / (1 + multiplier)
     return advantages, cost_advantages, combined
 

@@ -113,8 +113,7 @@ class PPO:
         targets = batch.targets
         if values is None or targets.value_targets is None:
             raise ValueError("critic: expected one that values the states, got None")
-        # not the operator: committed results are of this expression, bit for bit
-        total, figures = ops.clipped_policy_loss_reference(
+        total, figures = ops.clipped_policy_loss(
             evaluation.logps, batch.rollout.logps, targets.advantages, mask=targets.mask,
             eps_low=self.eps_low, eps_high=self.eps_high, reduction="sum")
         figures = _shared(figures, targets.mask)
