@@ -30,6 +30,10 @@ def samples(name):
     if name == "supported_gae":
         yield steps, values, flags, None, None, -1.0, 0.9, 0.95, None
         yield steps.double(), values, flags, flags, flags, -1.0, 0.9, 0.95, None
+    if name == "grouped_comparison":
+        table = torch.randn(2, 3, 3, 2)
+        yield table, None, None
+        yield table.bfloat16(), torch.ones(2, 3).bool(), "reference"  # opcheck compares no NaN
     if name == "dual_gae":
         yield steps, steps, values, values, flags, None, None, 0.9, 0.95, 0.5, None
         yield (steps.bfloat16(), steps, values, values.bfloat16(), flags, flags, flags, 1.0, 1.0,
@@ -66,7 +70,7 @@ def samples(name):
 def test_the_list_of_operators_is_the_registry():
     assert set(OPERATORS) == {
         "gae", "supported_gae", "dual_gae", "token_logps", "sample_tokens", "grouped_advantage",
-        "clipped_policy_loss"}
+        "grouped_comparison", "clipped_policy_loss"}
     assert set(REGISTERED) == {n for n in dispatch._functions if "." not in n}
 
 
@@ -93,6 +97,8 @@ def all_operators(rewards, values, flags, logits, ids):
     drawn, logps = ops.sample_tokens(logits, torch.full(ids.shape, 0.5), temperature=0.7)
     support = support + drawn.float().sum() + logps.sum()
     compared = ops.grouped_advantage(rewards.flatten() * 2, ids=flags.flatten().long())
+    pairs = rewards[:, :2].reshape(-1, 1, 1, 2) * 1.0
+    support = support + ops.grouped_comparison(pairs)[1].float().sum()
     support = support + compared.sum() + ops.grouped_advantage(rewards[0], 1).sum()
     loss, figures = ops.clipped_policy_loss(out.logps[:, None], ids[:, None] * -1.0, out.entropy,
                                             mask=flags[:, :1])  # fmt: skip

@@ -12,7 +12,8 @@ COMPILE = """
 import itertools, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from alignkit._triton import advantages, grouped, logprobs, policy_loss, sampling
+from alignkit._triton import (advantages, comparison, grouped, logprobs, policy_loss,
+                              sampling)
 
 F32, BF16, I8, I64, INT = "*fp32", "*bf16", "*u8", "*i64", "i32"
 FLAGS = ("HAS_END", "HAS_CUT", "HAS_BOOTSTRAP", "HAS_MASK", "HAS_FLOOR")
@@ -41,6 +42,9 @@ for arch in (80, 90):
     for baseline, scale, ragged in itertools.product((0, 1, 2), (0, 1, 2), (False, True)):
         build(grouped._grouped_fwd, shared, dict(BASELINE=baseline, SCALE=scale, BLOCK_G=4,
               HAS_OFFSETS=ragged, HAS_MASK=ragged, BLOCK_N=64), arch)
+    for given, size in itertools.product((False, True), (4, 16)):
+        build(comparison._grouped_comparison_fwd, dict(scores=F32, complete=I8, judged=I8,
+              answer_scores=F32, n=INT), dict(HAS_COMPLETE=given, BLOCK_N=size), arch)
     steps = dict(logps=F32, old_logps=F32, advantages=F32, mask=I8, ref_logps=F32, weights=F32,
                  sums=F32, grad=F32, T=INT, eps_low="fp32", eps_high="fp32", beta="fp32")
     for kl, all_given in ((0, True), (1, True), (2, True), (2, False)):

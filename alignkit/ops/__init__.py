@@ -8,6 +8,7 @@ from alignkit.ops.advantages import (
     supported_gae,
     supported_gae_reference,
 )
+from alignkit.ops.comparison import grouped_comparison, grouped_comparison_reference
 from alignkit.ops.dispatch import Backend, backends
 from alignkit.ops.grouped import grouped_advantage, grouped_advantage_reference
 from alignkit.ops.logprobs import (
@@ -37,6 +38,8 @@ __all__ = [
     "gae_reference",
     "grouped_advantage",
     "grouped_advantage_reference",
+    "grouped_comparison",
+    "grouped_comparison_reference",
     "linear_token_logps",
     "linear_token_logps_reference",
     "sample_tokens",

@@ -36,6 +36,19 @@ void bound_grouped(std::uintptr_t rewards, std::uintptr_t mask, std::uintptr_t o
                                       batch_std, eps, advantages, G));
 }
 
+void bound_comparison(std::uintptr_t scores, std::uintptr_t complete,
+                      std::uintptr_t answer_scores, std::uintptr_t judged, std::int64_t P,
+                      std::int64_t n) {
+  require_sizes(P, n);
+  if (P > 0 && n > 0) {
+    require(scores, "scores");
+    require(answer_scores, "answer_scores");
+    require(judged, "judged");
+  }
+  grouped_comparison({at<const float>(scores), at<const std::uint8_t>(complete),
+                      at<float>(answer_scores), at<std::uint8_t>(judged), P, n});
+}
+
 TokenLogpsArguments token_arguments(std::uintptr_t logits, bool bfloat16, std::int64_t stride,
                                     std::uintptr_t ids, float temperature, std::uintptr_t logps,
                                     std::uintptr_t entropy, std::uintptr_t top,
@@ -121,6 +134,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gae", &bound_gae, no_gil);
   m.def("dual_gae", &bound_dual_gae, no_gil);
   m.def("grouped_advantage", &bound_grouped, no_gil);
+  m.def("grouped_comparison", &bound_comparison, no_gil);
   m.def("token_logps", &bound_token_logps, no_gil);
   m.def("token_logps_backward", &bound_token_logps_backward, no_gil);
   m.def("sample_tokens", &bound_sample_tokens, no_gil);

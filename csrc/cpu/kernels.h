@@ -14,6 +14,19 @@ void dual_gae(const DualGaeArguments& args);
 
 void grouped_advantage(const GroupedArguments& args);
 
+// (P, n, n, 2) scores of the first and the second of each ordered pair, NaN where none was asked
+// for; (P, n) of everything else.
+struct ComparisonArguments {
+  const float* scores;
+  const std::uint8_t* complete;  // null: all answers are
+  float* answer_scores;          // NaN where not judged
+  std::uint8_t* judged;
+  std::int64_t P;
+  std::int64_t n;
+};
+
+void grouped_comparison(const ComparisonArguments& args);
+
 enum class Dtype { float32, bfloat16 };
 
 // (N, V) logits whose rows are `stride` elements apart, and (N,) of everything else.
