@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CASES', 'gae_loop', 'supported_gae_loop', 'log_softmax_gather', 'Case', 'gae_case', 'supported_gae_case',
            'token_logps_case', 'grouped_as_in_trl', 'grouped_advantage_case', 'multinomial_gather',
-           'sample_tokens_case', 'alternate', 'measure', 'bench']
+           'sample_tokens_case', 'dual_gae_case', 'masked_fill_comparison', 'grouped_comparison_case',
+           'surrogate_as_in_trl', 'clipped_policy_loss_case', 'alternate', 'measure', 'bench']
 
 # %% ../../nbs/kernels/09_bench.ipynb #e1528c62
 import statistics
@@ -156,11 +157,86 @@ def sample_tokens_case(N: int, V: int, dtype: torch.dtype, device: str) -> Case:
                          ops.sample_tokens_reference(logits, uniforms)))
 
 # %% ../../nbs/kernels/09_bench.ipynb #e3342f05
+def dual_gae_case(B: int, T: int, device: str) -> Case:
+    "`dual_gae`, where one step in fifty ends an episode."
+    rewards, values, ends = _steps(B, T, 0.02, device)
+    costs, cost_values = -rewards, values + 1
+    floats = ends.float()
+
+    def two_loops() -> tuple[Tensor, Tensor, Tensor]:
+        gains = gae_loop(rewards, values, floats)
+        prices = gae_loop(costs, cost_values, floats)
+        return gains, prices, (gains - 0.5 * prices) / 1.5
+
+    return Case("dual_gae", (B, T), "float32",
+                lambda: ops.dual_gae(rewards, costs, values, cost_values, ends, 0.99, 0.95, 0.5),
+                "two loops over columns", two_loops, 29 * B * T)
+
+# %% ../../nbs/kernels/09_bench.ipynb #8e569150
+def masked_fill_comparison(
+    scores: Tensor, # (P, n, n, 2)
+    complete: Tensor, # (P, n) bool
+) -> Tensor: # (P, n)
+    "Grouped comparison with masks as large as the scores."
+    asked = ~scores.isnan() & (complete[:, :, None] & complete[:, None, :])[..., None]
+    asked &= ~torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)[None, ..., None]
+    counted = scores.masked_fill(~asked, 0)
+    total = counted[..., 0].sum(2) + counted[..., 1].sum(1)
+    return total / (asked[..., 0].sum(2) + asked[..., 1].sum(1))
+
+
+def grouped_comparison_case(P: int, n: int, device: str) -> Case:
+    "`grouped_comparison` of all pairs in both orders; one answer in ten is incomplete."
+    scores = (1 + 9 * torch.rand(P, n, n, 2, generator=_random())).to(device)
+    complete = (torch.rand(P, n, generator=_random()) < 0.9).to(device)
+    return Case("grouped_comparison", (P, n, n, 2), "float32",
+                lambda: ops.grouped_comparison(scores, complete=complete)[0].nan_to_num(),
+                "masked_fill + sum", lambda: masked_fill_comparison(scores, complete).nan_to_num(),
+                8 * P * n * n)
+
+# %% ../../nbs/kernels/09_bench.ipynb #8ab9be4f
+def surrogate_as_in_trl(
+    logps: Tensor, # (B, T)
+    old_logps: Tensor, # (B, T)
+    advantages: Tensor, # (B,)
+    mask: Tensor, # (B, T) floats
+    ref_logps: Tensor, # (B, T)
+) -> Tensor: # scalar
+    "The clipped surrogate with k3, a table as large as the batch for every step of it."
+    d = ref_logps - logps
+    kl = torch.exp(d) - d - 1
+    ratio = torch.exp(logps - old_logps)
+    clipped = torch.clamp(ratio, 0.8, 1.2)
+    loss = -torch.min(ratio * advantages[:, None], clipped * advantages[:, None])
+    return ((loss + 0.1 * kl) * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+def clipped_policy_loss_case(B: int, T: int, device: str) -> Case:
+    "`clipped_policy_loss` and its gradient; four steps in five count."
+    old, new, ref = (0.3 * torch.randn(3, B, T, generator=_random()) - 2).to(device)
+    new.requires_grad_()
+    advantages = torch.randn(B, generator=_random()).to(device)
+    mask = (torch.rand(B, T, generator=_random()) < 0.8).to(device)
+    floats = mask.float()
+
+    def gradient(loss: Tensor) -> tuple[Tensor, Tensor]:
+        return loss.detach(), torch.autograd.grad(loss, new)[0]
+
+    return Case("clipped_policy_loss", (B, T), "float32",
+                lambda: gradient(ops.clipped_policy_loss(
+                    new, old, advantages, mask=mask, beta=0.1, ref_logps=ref)[0]),
+                "TRL's expression", lambda: gradient(surrogate_as_in_trl(
+                    new, old, advantages, floats, ref)), 25 * B * T)
+
+# %% ../../nbs/kernels/09_bench.ipynb #f3ec94fb
 CASES: dict[str, list[Callable[[str], Case]]] = {
     "gae": [partial(gae_case, 256, 1024), partial(gae_case, 4096, 128)],
     "supported_gae": [partial(supported_gae_case, 256, 512)],
     "grouped_advantage": [partial(grouped_advantage_case, 4096, 16),
                           partial(grouped_advantage_case, 65536, 16)],
+    "dual_gae": [partial(dual_gae_case, 256, 512)],
+    "grouped_comparison": [partial(grouped_comparison_case, 4096, 8)],
+    "clipped_policy_loss": [partial(clipped_policy_loss_case, 256, 512)],
     "token_logps": [partial(token_logps_case, 256, 32000, dtype)
                     for dtype in (torch.float32, torch.bfloat16)],
     "sample_tokens": [partial(sample_tokens_case, 128, 49152, dtype)

@@ -17,6 +17,7 @@ constexpr float kHighest = 88.72f;  // beyond it, e^x is no float
 
 struct Steps {
   float log_ratio[kSteps];  // log-probability now less when it acted
+  float ratio[kSteps];
   float behind[kSteps];     // the reference's log-probability less that of now
   float advantage[kSteps];
   float loss[kSteps];
@@ -57,14 +58,16 @@ std::int64_t load(const PolicyLossArguments& x, std::int64_t row, std::int64_t a
 
 void surrogate(const PolicyLossArguments& x, int n, Steps& s) {
   const float lowest = 1.0f - x.eps_low, highest = 1.0f + x.eps_high;
+  for (int i = 0; i < n; ++i) s.ratio[i] = exponential(s.log_ratio[i]);
   for (int i = 0; i < n; ++i) {
-    const float a = s.advantage[i], ratio = exponential(s.log_ratio[i]);
-    const float within = ratio < lowest ? lowest : ratio > highest ? highest : ratio;
+    const float a = s.advantage[i], ratio = s.ratio[i];
+    const float raised = ratio < lowest ? lowest : ratio;
+    const float within = raised > highest ? highest : raised;
     const float free = -a * ratio, held = -a * within;
     s.loss[i] = free < held ? held : free;
     s.grad[i] = free < held ? 0.0f : free;
-    s.low[i] = a < 0.0f && ratio < lowest ? 1.0f : 0.0f;
-    s.high[i] = a > 0.0f && ratio > highest ? 1.0f : 0.0f;
+    s.low[i] = (a < 0.0f) & (ratio < lowest) ? 1.0f : 0.0f;
+    s.high[i] = (a > 0.0f) & (ratio > highest) ? 1.0f : 0.0f;
   }
 }
 
