@@ -109,7 +109,7 @@ def reported_jobs():
 @pytest.mark.parametrize("folder, wanted", [
     ("", reported_jobs),
     ("regime_small", lambda: bspo_small.regime_jobs("bfloat16")),
-    pytest.param("confirmation", bspo.confirmation_jobs, marks=OLDER),
+    ("confirmation", bspo.confirmation_jobs),
     pytest.param("regime", bspo.regime_jobs, marks=OLDER)])
 def test_committed_records_are_those_of_the_current_stages(folder, wanted):
     records = runs.load_records(report.results_folder() / folder, "bspo")
