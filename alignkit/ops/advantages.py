@@ -8,6 +8,7 @@ __all__ = ['gae_reference', 'after_unsupported', 'supported_gae_reference', 'as_
 
 # %% ../../nbs/kernels/01_advantages.ipynb #bb8dd2de
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,14 +104,14 @@ def _for_kernel(x: Tensor) -> Tensor:
     return dense(x, torch.bool if x.dtype == torch.bool else torch.float32)
 
 # %% ../../nbs/kernels/01_advantages.ipynb #10ded683
-def _on_cpu(inputs, numbers, outputs):
-    dispatch.extension("cpu").gae(
+def _on_cpu(kernel, inputs, numbers, outputs):
+    getattr(dispatch.extension("cpu"), kernel)(
         *map(pointer, inputs), *numbers, *map(pointer, outputs), *inputs[0].shape)
 
-def _on_cuda(inputs, numbers, outputs):
+def _on_cuda(kernel, inputs, numbers, outputs):
     device = inputs[0].device.index
     stream = torch.cuda.current_stream(device).cuda_stream
-    dispatch.extension("cuda").gae(
+    getattr(dispatch.extension("cuda"), kernel)(
         *map(pointer, inputs), *numbers, *map(pointer, outputs), *inputs[0].shape,
         device, stream)
 
@@ -121,7 +122,8 @@ def _on_triton(inputs, numbers, outputs):
     with dispatch.device_of(inputs[0]):
         kernels.gae(*inputs, floored, *numbers, *outputs)
 
-_LAUNCH = {"cpu": _on_cpu, "cuda": _on_cuda, "triton": _on_triton}
+_LAUNCH = {"cpu": partial(_on_cpu, "gae"), "cuda": partial(_on_cuda, "gae"),
+           "triton": _on_triton}
 
 # %% ../../nbs/kernels/01_advantages.ipynb #5507a5d5
 def _flags(x: Tensor, name: str) -> Tensor:
@@ -285,17 +287,6 @@ def dual_gae_reference(
     return advantages, cost_advantages, combined
 
 # %% ../../nbs/kernels/01_advantages.ipynb #1ac08a77
-def _dual_on_cpu(inputs, numbers, outputs):
-    dispatch.extension("cpu").dual_gae(
-        *map(pointer, inputs), *numbers, *map(pointer, outputs), *inputs[0].shape)
-
-def _dual_on_cuda(inputs, numbers, outputs):
-    device = inputs[0].device.index
-    stream = torch.cuda.current_stream(device).cuda_stream
-    dispatch.extension("cuda").dual_gae(
-        *map(pointer, inputs), *numbers, *map(pointer, outputs), *inputs[0].shape,
-        device, stream)
-
 def _dual_on_triton(inputs, numbers, outputs):
     kernels = dispatch.extension("triton.advantages")
     with dispatch.device_of(inputs[0]):
@@ -314,8 +305,8 @@ def _dual_with(launch):
         return outputs
     return compute
 
-_DUAL = {"reference": _dual_by_reference, "cpu": _dual_with(_dual_on_cpu),
-         "cuda": _dual_with(_dual_on_cuda), "triton": _dual_with(_dual_on_triton)}
+_DUAL = {"reference": _dual_by_reference, "cpu": _dual_with(partial(_on_cpu, "dual_gae")),
+         "cuda": _dual_with(partial(_on_cuda, "dual_gae")), "triton": _dual_with(_dual_on_triton)}
 
 # %% ../../nbs/kernels/01_advantages.ipynb #61bcca9c
 def _dual_gae(rewards, costs, values, cost_values, *args):

@@ -161,6 +161,7 @@ def _as_numbers(found: Sequence[float | None], n: int) -> Tensor:  # (n,), 0 for
 def as_reward_function(
     scorer: Callable[[Rollout], Scores],
     tokenizer,  # of the policy, as the trainer has it
+    device: torch.device | str = "cpu",  # where the scorer reads
 ) -> Callable[..., list[float | None]]:  # for `reward_funcs` of TRL's trainers
     "A scorer as a reward function in TRL's signature, for plain-text prompts."
 
@@ -171,9 +172,10 @@ def as_reward_function(
         there = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).bool()
         completions = pad_sequence(
             rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-        tokens = Tokens(torch.cat([ids, completions], 1), torch.cat([real, there], 1),
-                        ids.shape[1])
-        nothing = torch.zeros(there.shape)
+        there = there.to(device)
+        tokens = Tokens(torch.cat([ids, completions], 1).to(device),
+                        torch.cat([real.to(device), there], 1), ids.shape[1])
+        nothing = torch.zeros(there.shape, device=device)
         scores = scorer(Rollout(
             inputs=tokens, logps=nothing, rewards=nothing, mask=there,
             terminated=last_sampled(there), truncated=torch.zeros_like(there)))
