@@ -94,7 +94,7 @@ class SmallConfig:
     evaluation_answers: int = 4  # a held-out topic at a look; four times that at the end
 
 
-BURNT_SEEDS = range(3)
+BURNT_SEEDS = range(2)
 
 # %% ../../nbs/papers/01a_bspo_small.ipynb #11bcbc9e
 @dataclass
