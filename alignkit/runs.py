@@ -442,20 +442,27 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
             "VECLIB_MAXIMUM_THREADS")
 
 @contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+@contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
     torch = sys.modules.get("torch") # asked, never imported: most of the package needs none
     threads = torch.get_num_threads() if torch else 0
     if torch:
         torch.set_num_threads(1)
     try:
-        yield
+        with _environment(**dict.fromkeys(_THREADS, "1")):
+            yield
     finally:
         if torch:
             torch.set_num_threads(threads)
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 # %% ../nbs/library/02a_runs.ipynb #66120860
 def _perform(job: Job, out: Path, commit: str, on_progress: Progress | None) -> _Outcome:
@@ -715,6 +722,13 @@ def _sigint_blocked() -> Iterator[None]:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+def _quiet_tracker() -> contextlib.AbstractContextManager[None]:
+    """After Ctrl-C the process that tracks loky's semaphores may warn that it had to remove them,
+    below the line that says how to go on."""
+    before = os.environ.get("PYTHONWARNINGS")
+    quiet = "ignore:resource_tracker:UserWarning"
+    return _environment(PYTHONWARNINGS=f"{before},{quiet}" if before else quiet)
+
 # %% ../nbs/library/02a_runs.ipynb #edf025cf
 def _in_processes(
     jobs: Sequence[Job], out: Path, commit: str, processes: int,
@@ -727,7 +741,7 @@ def _in_processes(
         parent = os.getpid()
         local = joblib.parallel_config("loky", initializer=_start_child, initargs=(parent,))
     with contextlib.ExitStack() as stack:
-        with local, _one_thread(), _sigint_blocked():
+        with local, _one_thread(), _quiet_tracker(), _sigint_blocked():
             pool = joblib.Parallel(processes, return_as="generator_unordered", batch_size=1)
             outcomes = pool(joblib.delayed(_attempt_in_child)(job, out, commit, parent)
                             for job in jobs)

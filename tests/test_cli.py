@@ -262,6 +262,17 @@ def test_ctrl_c_says_how_to_go_on_and_exits_130(folder):
     assert call(folder, *resume[1:])[0] == 0
 
 
+def test_no_warning_follows_the_line_that_says_how_to_go_on():
+    """The process that tracks semaphores outlives the run; it warned below that line once in a hundred."""
+    code = ("from alignkit import runs\n"
+            "from joblib.externals.loky.backend import resource_tracker\n"
+            "with runs._quiet_tracker():\n"
+            "    resource_tracker.ensure_running()\n"
+            "resource_tracker.register('/no such semaphore', 'semlock')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_first_line_comes_before_torch_does(tmp_path):
     """Two seconds are promised; a busy machine gets four here."""
     code = ("import sys; from alignkit import cli; cli.load_paper = lambda key: sys.exit("
