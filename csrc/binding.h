@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "fusion.h"
 #include "gae.h"
 #include "grouped.h"
 
@@ -94,6 +95,62 @@ inline GroupedArguments grouped_arguments(std::uintptr_t rewards, std::uintptr_t
           eps,
           at<float>(advantages),
           G};
+}
+
+inline FusionTokens fusion_tokens(std::uintptr_t queries, std::uintptr_t visual,
+                                  std::uintptr_t tactile, std::uintptr_t visual_mask,
+                                  std::uintptr_t tactile_mask, bool bfloat16, std::int64_t B,
+                                  std::int64_t H, std::int64_t D, std::int64_t Nv,
+                                  std::int64_t Nt) {
+  require_sizes(B, H);
+  require_sizes(Nv, Nt);
+  if (H == 0 || D <= 0) throw std::invalid_argument("H and D must be positive");
+  if (B > 0) {
+    require(queries, "queries");
+    if (Nv > 0) require(visual, "visual");
+    if (Nt > 0) require(tactile, "tactile");
+  }
+  return {at<const float>(queries),
+          at<const void>(visual),
+          at<const void>(tactile),
+          at<const std::uint8_t>(visual_mask),
+          at<const std::uint8_t>(tactile_mask),
+          bfloat16,
+          B,
+          H,
+          D,
+          Nv,
+          Nt};
+}
+
+inline FusionResults fusion_results(const FusionTokens& x, std::uintptr_t context,
+                                    std::uintptr_t weights, std::uintptr_t log_sum) {
+  if (x.B > 0) {
+    require(context, "context");
+    require(weights, "weights");
+    require(log_sum, "log_sum");
+  }
+  return {at<float>(context), at<float>(weights), at<float>(log_sum)};
+}
+
+inline FusionGradients fusion_gradients(const FusionTokens& x, std::uintptr_t log_sum,
+                                        std::uintptr_t grad_context,
+                                        std::uintptr_t grad_weights, std::uintptr_t mean_grad,
+                                        std::uintptr_t grad_queries, std::uintptr_t grad_visual,
+                                        std::uintptr_t grad_tactile) {
+  if (x.B > 0) {
+    require(log_sum, "log_sum");
+    require(grad_context, "grad_context");
+    require(grad_weights, "grad_weights");
+    require(mean_grad, "mean_grad");
+    require(grad_queries, "grad_queries");
+    if (x.Nv > 0) require(grad_visual, "grad_visual");
+    if (x.Nt > 0) require(grad_tactile, "grad_tactile");
+  }
+  return {at<const float>(log_sum),   at<const float>(grad_context),
+          at<const float>(grad_weights), at<const float>(mean_grad),
+          at<float>(grad_queries),    at<void>(grad_visual),
+          at<void>(grad_tactile)};
 }
 
 }  // namespace alignkit

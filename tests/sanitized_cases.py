@@ -89,13 +89,23 @@ def losses():
     loss.backward()
 
 
+def fusions():
+    B, Nv, Nt, heads = random.choice([0, 1, 3]), size(), size(), random.choice([1, 2, 3, 4, 5])
+    D = heads * random.choice([1, 3, 8, 16, 32])
+    x = [floats(B, D), floats(B, Nv, D), floats(B, Nt, D), *(floats(D, D) for _ in range(3))]
+    fused, weights = ops.attention_fusion(
+        *(y.requires_grad_() for y in x), heads=heads, visual_mask=maybe(flags(B, Nv)),
+        tactile_mask=maybe(flags(B, Nt)))
+    (fused.sum() + weights[..., 0].sum()).backward()
+
+
 def main(path, cases):
     load(path)
     random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     for _ in range(cases):
-        random.choice([advantages, groups, comparisons, logits, losses])()
+        random.choice([advantages, groups, comparisons, logits, losses, fusions])()
     print(f"{cases} cases")
 
 

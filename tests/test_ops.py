@@ -13,10 +13,11 @@ from ops_cases import require
 from alignkit import ops
 from alignkit.ops import bench, dispatch
 
-COMPOSED = {"linear_token_logps"}  # a product in chunks, each read by a registered operator
+# products of torch's around a registered operator: `token_logps`, `attend`
+COMPOSED = {"linear_token_logps", "attention_fusion"}
 OPERATORS = [name for name in ops.__all__
              if f"{name}_reference" in ops.__all__ and name not in COMPOSED]
-REGISTERED = [*OPERATORS, "token_logps_backward", "flags"]
+REGISTERED = [*OPERATORS, "token_logps_backward", "attend", "attend_backward", "flags"]
 
 
 def samples(name):
@@ -63,6 +64,17 @@ def samples(name):
                "k3", "sequence", True, "cpu")  # fmt: skip
         yield (steps.bfloat16().requires_grad_(), steps, steps[:, 0], some, steps, *band, 0.1,
                "k2", "sum", True, "reference")  # fmt: skip
+    queries, seen, felt = torch.randn(B, 2, V), torch.randn(B, 4, V), torch.randn(B, 1, V)
+    some = torch.tensor([True, False, True, True]).expand(B, 4)
+    if name == "attend":
+        leaves = [x.clone().requires_grad_() for x in (queries, seen, felt)]
+        yield *leaves, None, None, None
+        yield queries, seen.bfloat16().requires_grad_(), felt, some, some[:, :1], "cpu"
+        yield queries, seen.double(), felt, some, None, "reference"
+    if name == "attend_backward":
+        saved = torch.randn(B, 2), torch.randn(B, 2, V), torch.randn(B, 2, 2), torch.randn(B, 2)
+        yield *saved, queries, seen, felt, None, None, None
+        yield *saved, queries, seen, felt.bfloat16(), some, None, "reference"
     if name == "flags":
         yield flags.float(), "mask"
 
@@ -103,6 +115,10 @@ def all_operators(rewards, values, flags, logits, ids):
     loss, figures = ops.clipped_policy_loss(out.logps[:, None], ids[:, None] * -1.0, out.entropy,
                                             mask=flags[:, :1])  # fmt: skip
     support = support + loss + figures.clipped_low
+    query, square = logits[:, :2] * 1.0, logits[:2, :2] * 1.0
+    fused, weights = ops.attention_fusion(query, query[:, None], query[:, None] * 2, square, square,
+                                          square, heads=2, tactile_mask=flags[:, :1])  # fmt: skip
+    support = support + fused.sum() + weights[..., 0].sum()
     return (advantages + floored + targets).sum() + (out.logps + out.entropy).sum() + support
 
 

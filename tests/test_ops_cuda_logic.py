@@ -26,6 +26,7 @@ from test_ops_grouped import DIALECTS, KINDS, groups
 
 from alignkit import ops
 from alignkit.ops.dispatch import pointer
+from alignkit.ops.fusion import attend_reference
 from alignkit.ops.grouped import BASELINES, SCALES, batch_std
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +54,16 @@ extern "C" void entry(void** p, long size, int baseline, int scale, double eps, 
       0, nullptr);
 }
 """
+FUSION_ENTRY = """
+extern "C" void entry(void** p, bool bfloat16, long B, long H, long D, long Nv, long Nt) {
+  const alignkit::FusionTokens x{(float*)p[0], p[1], p[2], (std::uint8_t*)p[3],
+      (std::uint8_t*)p[4], bfloat16, B, H, D, Nv, Nt};
+  const auto f = [&](int i) { return (float*)p[i]; };
+  alignkit::fusion_on_device(x, {f(5), f(6), f(7)}, 0, nullptr);
+  alignkit::fusion_backward_on_device(x, {f(7), f(8), f(9), f(10), f(11), p[12], p[13]},
+                                      {f(14), f(15)}, 0, nullptr);
+}
+"""
 
 
 def compiled(source, entry, types, folder):
@@ -62,7 +73,7 @@ def compiled(source, entry, types, folder):
         pytest.skip("needs a C++ compiler")
     text = (ROOT / "csrc/cuda" / source).read_text()
     text, launches = re.subn(r"(\w+)<<<([^>]*)>>>\(", r"launch(\1, \2, ", text)
-    assert launches == 1
+    assert launches and "<<<" not in text
     (folder / "kernel.cpp").write_text(text + entry)
     includes = [f"-I{ROOT / folder}" for folder in ("tests/cuda_on_threads", "csrc", "csrc/cuda")]
     subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", *includes,
@@ -89,6 +100,12 @@ def grouped(tmp_path_factory):
     types = [ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_double,
              ctypes.c_long]
     return compiled("grouped.cu", GROUPED_ENTRY, types, tmp_path_factory.mktemp("grouped"))
+
+
+@pytest.fixture(scope="module")
+def fusion(tmp_path_factory):
+    types = [ctypes.c_void_p, ctypes.c_bool, *[ctypes.c_long] * 5]
+    return compiled("fusion.cu", FUSION_ENTRY, types, tmp_path_factory.mktemp("fusion"))
 
 
 def through(kernel, x, options, supported=None, v_min=0.0):
@@ -163,3 +180,54 @@ def test_grouped_advantage(grouped, kind):
         exact = ops.grouped_advantage_reference(rewards.double(), **options)
         cases.append((ours, torchs, exact))
     assert_as_good_as_torch(cases)
+
+
+def through_fusion(kernel, tokens, grads, mean_grad):
+    """What the kernels of both passes leave, from NaN: context, weights, gradients."""
+    queries, visual, tactile, *_ = tokens
+    (B, H, D), Nv, Nt = queries.shape, visual.shape[1], tactile.shape[1]
+    empty = lambda *shape: torch.full(shape, float("nan"))  # noqa: E731
+    outputs = empty(B, H, D), empty(B, H, 2), empty(B, H)
+    slopes = [torch.full_like(x, float("nan")) for x in (queries, visual, tactile)]
+    work = empty(B, H, Nv + Nt), empty(B, H, Nv + Nt)
+    arrays = [*tokens, *outputs, *grads, mean_grad, *slopes, *work]
+    kernel((ctypes.c_void_p * len(arrays))(*map(pointer, arrays)), visual.dtype == torch.bfloat16,
+           B, H, D, Nv, Nt)  # fmt: skip
+    return *outputs[:2], *slopes
+
+
+FUSED = [(2, 1, 7, 1, 1), (1, 4, 40, 3, 2), (2, 5, 130, 37, 0), (1, 3, 300, 2, 5), (1, 1, 600, 3, 9)]
+
+
+def fusion_case(B, H, D, Nv, Nt, dtype, masked):
+    """Queries, tokens and masks; the gradients that arrive."""
+    g = torch.Generator().manual_seed(D)
+    queries, *grads = (torch.randn(B, H, n, generator=g) for n in (D, D, 2))
+    tokens = [torch.randn(B, N, D, generator=g).to(dtype) for N in (Nv, Nt)]
+    masks = [torch.rand(B, N, generator=g) < 0.7 if masked else None for N in (Nv, Nt)]
+    return (queries / D**0.5, *tokens, *masks), grads
+
+
+def by_autograd(tokens, grads):
+    leaves = [x.clone().requires_grad_() for x in tokens[:3]]
+    context, weights, _ = attend_reference(*leaves, *tokens[3:])
+    slopes = torch.autograd.grad((context, weights), leaves, grads)
+    return context.detach(), weights.detach(), *slopes
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_fusion(fusion, dtype, masked):
+    cases = [[] for _ in range(5)]
+    for size in FUSED:
+        tokens, grads = fusion_case(*size, dtype, masked)
+        torchs = by_autograd(tokens, grads)
+        exact = by_autograd([*(x.double() for x in tokens[:3]), *tokens[3:]],
+                            [x.double() for x in grads])  # fmt: skip
+        mean_grad = sum((x * g).sum(-1) for x, g in zip(exact, grads, strict=False)).float()
+        found = through_fusion(fusion, tokens, grads, mean_grad)
+        for name, *figures in zip(cases, found, torchs, exact, strict=True):
+            name.append(figures)
+    for name in cases:
+        assert_as_good_as_torch(name)

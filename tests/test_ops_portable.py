@@ -11,6 +11,7 @@ import pybind11
 import pytest
 import test_ops_advantages
 import test_ops_comparison
+import test_ops_fusion
 import test_ops_grouped
 import test_ops_logprobs
 import test_ops_policy_loss
@@ -71,6 +72,7 @@ SUITES = {
     "sample_tokens": (test_ops_sampling.test_agrees_with_float64, DTYPES, (1.0, 0.7)),
     "clipped_policy_loss": (test_ops_policy_loss.test_agrees_with_float64, [None, *ESTIMATORS],
                             REDUCTIONS),
+    "attention_fusion": (test_ops_fusion.test_agrees_with_float64, DTYPES, (False, True)),
 }  # fmt: skip
 
 
@@ -85,7 +87,7 @@ def test_agrees_with_float64(older, name):
 def test_every_operator_of_the_module_is_held():
     held = {"gae" if name.endswith("gae") and name != "dual_gae" else name for name in SUITES}
     there = {n for n in dir(dispatch.extension("cpu")) if not n.startswith("_")}
-    assert there - {"token_logps_backward"} == held
+    assert {n for n in there if not n.endswith("_backward")} == held
 
 
 def test_the_older_kernels_are_the_ones_that_run(older, monkeypatch):

@@ -12,8 +12,8 @@ COMPILE = """
 import itertools, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from alignkit._triton import (advantages, comparison, grouped, logprobs, policy_loss,
-                              sampling)
+from alignkit._triton import (advantages, comparison, fusion, grouped, logprobs,
+                              policy_loss, sampling)
 
 F32, BF16, I8, I64, INT = "*fp32", "*bf16", "*u8", "*i64", "i32"
 FLAGS = ("HAS_END", "HAS_CUT", "HAS_BOOTSTRAP", "HAS_MASK", "HAS_FLOOR")
@@ -21,12 +21,13 @@ GAE = dict(rewards=F32, values=F32, terminated=I8, truncated=I8, bootstrap=F32, 
            supported=I8, floored=I8, advantages=F32, targets=F32, T=INT, v_min="fp32",
            gamma="fp32", decay="fp32")
 
-def build(kernel, signature, constants, arch):
+def build(kernel, signature, constants, arch, options=None):
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(k),): v
                                                       for k, v in constants.items()})
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     assert len(binary.asm["cubin"]) > 1000
+    assert binary.metadata.shared <= {80: 163, 90: 227}[arch] * 1024
     return binary
 
 for arch in (80, 90):
@@ -50,6 +51,15 @@ for arch in (80, 90):
     for kl, all_given in ((0, True), (1, True), (2, True), (2, False)):
         build(policy_loss._policy_loss_fwd, steps, dict(KL=kl, PER_ROW=all_given, BLOCK_T=1024)
               | {f"HAS_{x}": all_given for x in ("MASK", "REF", "WEIGHTS", "GRAD")}, arch)
+    for dtype, masks, columns in ((F32, False, 256), (BF16, True, 64)):
+        tokens = dict(queries=F32, visual=dtype, tactile=dtype, visual_mask=I8, tactile_mask=I8,
+                      log_sum=F32, H=INT, D=INT, NV=INT, NT=INT)
+        given = dict(HAS_VISUAL_MASK=masks, HAS_TACTILE_MASK=masks) | fusion.blocks(8, columns)
+        build(fusion._attention_fusion_fwd, tokens | dict(context=F32, weights=F32), given, arch,
+              fusion.LAUNCH)
+        build(fusion._attention_fusion_bwd, tokens | dict(grad_context=F32, grad_weights=F32,
+              mean_grad=F32, grad_queries=F32, grad_visual=dtype, grad_tactile=dtype), given, arch,
+              fusion.LAUNCH)
     for dtype in (F32, BF16):
         rows = dict(logits=dtype, ids=I64, stride=INT, V=INT, inverse_temperature="fp32")
         build(logprobs._token_logps_fwd, rows | dict(logps=F32, entropy=F32, tops=F32,

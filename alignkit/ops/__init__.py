@@ -10,6 +10,7 @@ from alignkit.ops.advantages import (
 )
 from alignkit.ops.comparison import grouped_comparison, grouped_comparison_reference
 from alignkit.ops.dispatch import Backend, backends
+from alignkit.ops.fusion import attention_fusion, attention_fusion_reference
 from alignkit.ops.grouped import grouped_advantage, grouped_advantage_reference
 from alignkit.ops.logprobs import (
     TokenLogps,
@@ -29,6 +30,8 @@ __all__ = [
     "Backend",
     "LossFigures",
     "TokenLogps",
+    "attention_fusion",
+    "attention_fusion_reference",
     "backends",
     "clipped_policy_loss",
     "clipped_policy_loss_reference",

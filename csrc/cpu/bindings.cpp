@@ -126,6 +126,31 @@ void bound_policy_loss(std::uintptr_t logps, std::uintptr_t old_logps, std::uint
                        at<double>(sums), at<float>(grad), B, T});
 }
 
+void bound_fusion(std::uintptr_t queries, std::uintptr_t visual, std::uintptr_t tactile,
+                  std::uintptr_t visual_mask, std::uintptr_t tactile_mask, bool bfloat16,
+                  std::int64_t B, std::int64_t H, std::int64_t D, std::int64_t Nv,
+                  std::int64_t Nt, std::uintptr_t context, std::uintptr_t weights,
+                  std::uintptr_t log_sum, int threads) {
+  const FusionTokens x = fusion_tokens(queries, visual, tactile, visual_mask, tactile_mask,
+                                       bfloat16, B, H, D, Nv, Nt);
+  attention_fusion(x, fusion_results(x, context, weights, log_sum), threads);
+}
+
+void bound_fusion_backward(std::uintptr_t queries, std::uintptr_t visual, std::uintptr_t tactile,
+                           std::uintptr_t visual_mask, std::uintptr_t tactile_mask,
+                           bool bfloat16, std::int64_t B, std::int64_t H, std::int64_t D,
+                           std::int64_t Nv, std::int64_t Nt, std::uintptr_t log_sum,
+                           std::uintptr_t grad_context, std::uintptr_t grad_weights,
+                           std::uintptr_t mean_grad, std::uintptr_t grad_queries,
+                           std::uintptr_t grad_visual, std::uintptr_t grad_tactile,
+                           int threads) {
+  const FusionTokens x = fusion_tokens(queries, visual, tactile, visual_mask, tactile_mask,
+                                       bfloat16, B, H, D, Nv, Nt);
+  attention_fusion_backward(
+      x, fusion_gradients(x, log_sum, grad_context, grad_weights, mean_grad, grad_queries,
+                          grad_visual, grad_tactile), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -139,4 +164,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("token_logps_backward", &bound_token_logps_backward, no_gil);
   m.def("sample_tokens", &bound_sample_tokens, no_gil);
   m.def("clipped_policy_loss", &bound_policy_loss, no_gil);
+  m.def("attention_fusion", &bound_fusion, no_gil);
+  m.def("attention_fusion_backward", &bound_fusion_backward, no_gil);
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "fusion.h"
 #include "gae.h"
 #include "grouped.h"
 
@@ -90,5 +91,10 @@ struct PolicyLossArguments {
 };
 
 void clipped_policy_loss(const PolicyLossArguments& args);
+
+void attention_fusion(const FusionTokens& tokens, const FusionResults& results, int threads);
+
+void attention_fusion_backward(const FusionTokens& tokens, const FusionGradients& gradients,
+                               int threads);
 
 }  // namespace alignkit

@@ -56,6 +56,52 @@ void bound_grouped(std::uintptr_t rewards, std::uintptr_t mask, std::uintptr_t o
         grouped_on_device(args, device, reinterpret_cast<cudaStream_t>(stream)));
 }
 
+FusionTokens checked_tokens(std::uintptr_t queries, std::uintptr_t visual,
+                            std::uintptr_t tactile, std::uintptr_t visual_mask,
+                            std::uintptr_t tactile_mask, bool bfloat16, std::int64_t B,
+                            std::int64_t H, std::int64_t D, std::int64_t Nv, std::int64_t Nt) {
+  if (D > kMostColumns)
+    throw std::invalid_argument("D: at most 1024 on CUDA; backend='triton' takes more");
+  return fusion_tokens(queries, visual, tactile, visual_mask, tactile_mask, bfloat16, B, H, D, Nv,
+                       Nt);
+}
+
+void bound_fusion(std::uintptr_t queries, std::uintptr_t visual, std::uintptr_t tactile,
+                  std::uintptr_t visual_mask, std::uintptr_t tactile_mask, bool bfloat16,
+                  std::int64_t B, std::int64_t H, std::int64_t D, std::int64_t Nv,
+                  std::int64_t Nt, std::uintptr_t context, std::uintptr_t weights,
+                  std::uintptr_t log_sum, int device, std::uintptr_t stream) {
+  const FusionTokens x = checked_tokens(queries, visual, tactile, visual_mask, tactile_mask,
+                                        bfloat16, B, H, D, Nv, Nt);
+  const FusionResults out = fusion_results(x, context, weights, log_sum);
+  if (B == 0) return;
+  check("attention_fusion",
+        fusion_on_device(x, out, device, reinterpret_cast<cudaStream_t>(stream)));
+}
+
+void bound_fusion_backward(std::uintptr_t queries, std::uintptr_t visual, std::uintptr_t tactile,
+                           std::uintptr_t visual_mask, std::uintptr_t tactile_mask,
+                           bool bfloat16, std::int64_t B, std::int64_t H, std::int64_t D,
+                           std::int64_t Nv, std::int64_t Nt, std::uintptr_t log_sum,
+                           std::uintptr_t grad_context, std::uintptr_t grad_weights,
+                           std::uintptr_t mean_grad, std::uintptr_t grad_queries,
+                           std::uintptr_t grad_visual, std::uintptr_t grad_tactile,
+                           std::uintptr_t attention, std::uintptr_t grad_scores, int device,
+                           std::uintptr_t stream) {
+  const FusionTokens x = checked_tokens(queries, visual, tactile, visual_mask, tactile_mask,
+                                        bfloat16, B, H, D, Nv, Nt);
+  const FusionGradients g = fusion_gradients(x, log_sum, grad_context, grad_weights, mean_grad,
+                                             grad_queries, grad_visual, grad_tactile);
+  if (B > 0 && Nv + Nt > 0) {
+    require(attention, "attention");
+    require(grad_scores, "grad_scores");
+  }
+  if (B == 0) return;
+  check("attention_fusion_backward",
+        fusion_backward_on_device(x, g, {at<float>(attention), at<float>(grad_scores)}, device,
+                                  reinterpret_cast<cudaStream_t>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -65,4 +111,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("gae", &bound_gae, no_gil);
   m.def("dual_gae", &bound_dual_gae, no_gil);
   m.def("grouped_advantage", &bound_grouped, no_gil);
+  m.def("attention_fusion", &bound_fusion, no_gil);
+  m.def("attention_fusion_backward", &bound_fusion_backward, no_gil);
 }

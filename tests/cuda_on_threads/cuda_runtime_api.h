@@ -1,4 +1,5 @@
-// As much of CUDA as alignkit's kernels use, on CPU threads: a thread a lane, a barrier a warp.
+// As much of CUDA as alignkit's kernels use, on CPU threads: a thread a lane, a barrier a warp and
+// one a block. Blocks run one after the other, so that what a block shares may be static.
 // Slow and exact: it shows what a kernel computes on machines that have no GPU.
 #pragma once
 
@@ -11,6 +12,7 @@
 
 #define __global__
 #define __device__
+#define __shared__ static
 
 struct Index {
   unsigned x;
@@ -27,6 +29,9 @@ struct Warp {
   void wait() { pthread_barrier_wait(&barrier); }
 };
 inline thread_local Warp* warp;
+
+inline thread_local pthread_barrier_t* block_barrier;
+inline void __syncthreads() { pthread_barrier_wait(block_barrier); }
 
 template <class T>
 T exchange(T value, int source) {
@@ -75,14 +80,18 @@ void launch(Kernel kernel, unsigned blocks, unsigned threads, int, cudaStream_t,
             const Args&... args) {
   for (unsigned block = 0; block < blocks; ++block) {
     const auto warps = std::make_unique<Warp[]>(threads / kLanesOfWarp);
+    pthread_barrier_t barrier;
+    pthread_barrier_init(&barrier, nullptr, threads);
     std::vector<std::thread> running;
     for (unsigned t = 0; t < threads; ++t)
       running.emplace_back([&, t] {
         blockIdx.x = block;
         threadIdx.x = t;
         warp = &warps[t / kLanesOfWarp];
+        block_barrier = &barrier;
         kernel(args...);
       });
     for (auto& thread : running) thread.join();
+    pthread_barrier_destroy(&barrier);
   }
 }
