@@ -70,6 +70,9 @@ PLANTED = {
     "an id past the vocabulary": ("logprobs", "widen(logits[id])", "widen(logits[id + 1])"),
     "a chunk longer than the row": ("policy_loss", "std::min<std::int64_t>(kSteps, x.T - start)",
                                     "kSteps"),
+    "a token after the last": ("fusion", "n < N && tile.size < kTile", "tile.size < kTile"),
+    "a modality too many": ("fusion", "(tile.index[t] >= x.Nv)];\n    for",
+                            "(tile.index[t] >= x.Nv) + 1];\n    for"),
     "an array of a chunk too short": ("sampling", "float chunk[kChunk], e[kChunk];\n  float top",
                                       "float chunk[kChunk], e[kChunk - 1];\n  float top"),
 }  # fmt: skip
