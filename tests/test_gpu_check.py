@@ -36,9 +36,11 @@ def test_without_a_device_it_says_so_and_leaves_nothing(tmp_path):
 
 
 def test_the_limits_fit_into_eight_minutes_and_into_each_other():
-    limits = {name: int(s) for name, s in re.findall(r"(?m)^step (\w+) (\d+)$", SCRIPT.read_text())}
-    assert list(limits) == ["machine", "build", "tests", "sanitize", "bench"]
-    assert sum(limits.values()) < 8 * 60 - 10
+    text = SCRIPT.read_text()
+    limits = {name: int(seconds) for name, seconds in re.findall(r"(?m)^step (\w+) (\d+)$", text)}
+    assert list(limits) == ["machine", "build", "tests", "sanitize"]
+    (together,) = re.findall(r"(?m)^step bench \$\(\((\d+) - SECONDS\)\)", text)
+    assert sum(limits.values()) + 100 < int(together) < 8 * 60 - 10  # merging takes a moment
     assert gpu_check.TESTS_S + 10 < limits["tests"]  # pytest must have time to report
     assert sum(gpu_check.TOOLS.values()) < limits["sanitize"]
 
