@@ -6,7 +6,7 @@ Each step leaves WORK/STEP.json (also when it fails: what it knows by then) and 
 well; `merge` puts them into one file. Nothing but torch, the build's tools and pytest is needed, and no network.
 
 A row of the benchmarks: `device_us`, the quartiles of a call's microseconds between CUDA events, of calls that follow
-one another in a CUDA graph where `captured`, so that small arrays are in the cache; `wall_us`, until the host may go on;
+one another in a CUDA graph where `captured`, so that small arrays are in the cache; `wall_us`, until the host goes on;
 `share_of_copy`, the time in which a large copy moves as many bytes over the median; whether the goals were `met`.
 """
 
@@ -263,6 +263,14 @@ class Case(NamedTuple):
 BOTH, TRITON = ("cuda", "triton"), ("triton",)
 
 
+def installed():
+    "The operators, and the functions that they are compared with; the build comes before they can be imported."
+    from alignkit import ops
+    from alignkit.ops import bench
+
+    return ops, bench
+
+
 def compiled(function, *args):
     return Peer(partial(torch.compile(function, dynamic=False), *args))
 
@@ -312,8 +320,7 @@ def associative_gae(rewards, values, ends, gamma=0.99, lam=0.95):
 
 
 def gae_case(B, T, device, masked=False):
-    from alignkit import ops
-    from alignkit.ops.bench import gae_loop
+    ops, theirs = installed()
 
     rewards, values, ends = steps(B, T, 0.02, device)
     mask = steps(B, T, 0.8, device)[2] if masked else None
@@ -324,14 +331,14 @@ def gae_case(B, T, device, masked=False):
 
     peers = {} if masked else {"torch.compile, associative_scan": compiled(associative_gae, *x)}
     if T <= 128 and not masked:
-        peers["loop over columns"] = Peer(lambda: gae_loop(rewards, values, floats), captured=False)
+        peers["loop over columns"] = Peer(lambda: theirs.gae_loop(rewards, values, floats), captured=False)
     return Case("gae", (B, T), "float32", (14 if masked else 13) * B * T, BOTH,
                 lambda backend: ops.gae(*x, mask=mask, backend=backend), peers,
                 error_of_rows(B, exact), "masked" if masked else "")  # fmt: skip
 
 
 def supported_gae_case(B, T, device):
-    from alignkit import ops
+    ops, _ = installed()
 
     x = steps(B, T, 0.9, device)
     return Case("supported_gae", (B, T), "float32", 17 * B * T, BOTH,
@@ -341,7 +348,7 @@ def supported_gae_case(B, T, device):
 
 
 def dual_gae_case(B, T, device):
-    from alignkit import ops
+    ops, _ = installed()
 
     rewards, values, ends = steps(B, T, 0.02, device)
     x = rewards, -rewards, values, values + 1, ends
@@ -352,16 +359,15 @@ def dual_gae_case(B, T, device):
 
 
 def grouped_advantage_case(G, n, device, ragged=False):
-    from alignkit import ops
-    from alignkit.ops.bench import grouped_as_in_trl
+    ops, theirs = installed()
 
     rewards = steps(G, n, 0.5, device)[0]
     groups = {"group_size": n}
     if ragged:  # told as offsets, which the kernel cannot know to be equal
         groups = {"offsets": torch.arange(G + 1, device=device) * n}
     x = rewards.flatten()
-    peers = {"TRL's expression": Peer(lambda: grouped_as_in_trl(x, n).view(G, n)),
-             "torch.compile, TRL's expression": compiled(lambda: grouped_as_in_trl(x, n).view(G, n))}
+    peers = {"TRL's expression": Peer(lambda: theirs.grouped_as_in_trl(x, n).view(G, n)),
+             "torch.compile, TRL's expression": compiled(lambda: theirs.grouped_as_in_trl(x, n).view(G, n))}
     return Case("grouped_advantage", (G, n), "float32", 8 * G * n, BOTH,
                 lambda backend: ops.grouped_advantage(x, **groups, backend=backend).view(G, n),
                 {} if ragged else peers,
@@ -371,8 +377,7 @@ def grouped_advantage_case(G, n, device, ragged=False):
 
 
 def grouped_comparison_case(P, n, device):
-    from alignkit import ops
-    from alignkit.ops.bench import masked_fill_comparison
+    ops, theirs = installed()
 
     random = torch.Generator(device).manual_seed(0)
     scores = 1 + 9 * torch.rand(P, n, n, 2, generator=random, device=device)
@@ -387,9 +392,14 @@ def grouped_comparison_case(P, n, device):
 
     known = error_of_rows(P, exact)
     return Case("grouped_comparison", (P, n, n, 2), "float32", 8 * P * n * n, TRITON, ours,
-                {"masked_fill + sum": Peer(partial(masked_fill_comparison, scores, complete)),
-                 "torch.compile, masked_fill + sum": compiled(masked_fill_comparison, scores, complete)},
+                {"masked_fill + sum": Peer(partial(theirs.masked_fill_comparison, scores, complete)),
+                 "torch.compile, masked_fill + sum": compiled(theirs.masked_fill_comparison, scores, complete)},
                 lambda name, found: known(name, found.nan_to_num()))  # fmt: skip
+
+
+def log_softmax_gather(logits, ids):
+    logps = torch.log_softmax(logits.float(), -1)
+    return logps.gather(1, ids[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
 
 
 def gather_minus_lse(logits, ids):
@@ -427,8 +437,7 @@ def name_of(dtype):
 
 
 def token_logps_case(N, V, dtype, device):
-    from alignkit import ops
-    from alignkit.ops.bench import log_softmax_gather
+    ops, _ = installed()
 
     table, ids = table_of_logits(N, V, dtype, device)
     logits = table[:-1]
@@ -442,8 +451,7 @@ def token_logps_case(N, V, dtype, device):
 
 
 def token_logps_gradient_case(N, V, dtype, device):
-    from alignkit import ops
-    from alignkit.ops.bench import log_softmax_gather
+    ops, _ = installed()
 
     table, ids = table_of_logits(N, V, dtype, device)
     logits = table[:-1].requires_grad_()
@@ -461,8 +469,7 @@ def token_logps_gradient_case(N, V, dtype, device):
 
 
 def sample_tokens_case(N, V, dtype, device):
-    from alignkit import ops
-    from alignkit.ops.bench import multinomial_gather
+    ops, theirs = installed()
 
     table, _ = table_of_logits(N, V, dtype, device)
     logits, uniforms = table[:-1], torch.rand(N, device=device)
@@ -479,15 +486,14 @@ def sample_tokens_case(N, V, dtype, device):
         return (torch.maximum(of_logps, outside) if contender in BOTH else of_logps).item()
 
     # multinomial asks the GPU whether its probabilities are sound, and waits
-    peers = {"softmax + multinomial + gather": Peer(partial(multinomial_gather, logits), captured=False)}
+    peers = {"softmax + multinomial + gather": Peer(partial(theirs.multinomial_gather, logits), captured=False)}
     return Case("sample_tokens", (N, V), name_of(dtype), logits.numel() * logits.element_size(), TRITON,
                 lambda backend: ops.sample_tokens(logits, uniforms, backend=backend), peers,
                 error)  # fmt: skip
 
 
 def clipped_policy_loss_case(B, T, device):
-    from alignkit import ops
-    from alignkit.ops.bench import surrogate_as_in_trl
+    ops, theirs = installed()
 
     random = torch.Generator(device).manual_seed(0)
     old, new, ref = (0.3 * torch.randn(3, B, T, generator=random, device=device) - 2).unbind()
@@ -498,7 +504,7 @@ def clipped_policy_loss_case(B, T, device):
     def gradient(loss, new=new):
         return loss.detach(), torch.autograd.grad(loss, new)[0]
 
-    def trl(function=surrogate_as_in_trl):
+    def trl(function=theirs.surrogate_as_in_trl):
         return gradient(function(new, old, advantages, floats, ref))
 
     def exact():
@@ -517,7 +523,7 @@ def clipped_policy_loss_case(B, T, device):
                     new, old, advantages, mask=mask, beta=0.1, ref_logps=ref, backend=backend)[0]),
                 {"TRL's expression": Peer(trl),
                  "torch.compile, TRL's expression": Peer(partial(
-                     trl, torch.compile(surrogate_as_in_trl, dynamic=False)))},
+                     trl, torch.compile(theirs.surrogate_as_in_trl, dynamic=False)))},
                 error, "with its gradient")  # fmt: skip
 
 
