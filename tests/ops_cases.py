@@ -9,6 +9,7 @@ from alignkit import ops
 
 KERNELS = ["cpu", "triton", pytest.param("cuda", marks=pytest.mark.cuda)]
 BACKENDS = ["reference", *KERNELS]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def require(backend):

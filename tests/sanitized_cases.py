@@ -1,13 +1,16 @@
-"""Started by test_sanitize.py under AddressSanitizer: many small calls of every C++ kernel.
+"""Many small calls of every operator, to be watched by a sanitizer.
 
-    sanitized_cases.py MODULE CASES
+    sanitized_cases.py KERNELS CASES [SECONDS]
 
-Shapes are drawn around what the kernels treat specially: nothing, one, a register, a chunk, a tile and one more.
+KERNELS is a compiled module to take the C++ kernels from (test_sanitize.py builds one for AddressSanitizer), or "cuda"
+for what serves a GPU (benchmarks/gpu_check.sh). After SECONDS no further case begins. Shapes are drawn around what the
+kernels treat specially: nothing, one, a register, a chunk, a tile and one more.
 """
 
 import importlib.util
 import random
 import sys
+import time
 
 import torch
 
@@ -99,15 +102,26 @@ def fusions():
     (fused.sum() + weights[..., 0].sum()).backward()
 
 
-def main(path, cases):
-    load(path)
+KINDS = [advantages, groups, comparisons, logits, losses, fusions]
+
+
+def main(kernels, cases, seconds=float("inf")):
+    start = time.monotonic()
+    if kernels == "cuda":
+        torch.set_default_device("cuda")
+    else:
+        load(kernels)
     random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for _ in range(cases):
-        random.choice([advantages, groups, comparisons, logits, losses, fusions])()
-    print(f"{cases} cases")
+    done = 0
+    while done < cases and time.monotonic() - start < seconds:
+        KINDS[done % len(KINDS)]()
+        done += 1
+    if kernels == "cuda":
+        torch.cuda.synchronize()
+    print(f"{done} cases")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from ops_cases import require
+from ops_cases import DEVICES, require
 
 from alignkit import ops
 from alignkit.ops import bench, dispatch
@@ -20,7 +20,7 @@ OPERATORS = [name for name in ops.__all__
 REGISTERED = [*OPERATORS, "token_logps_backward", "attend", "attend_backward", "flags"]
 
 
-def samples(name):
+def samples(name, kernel):
     """Arguments of the registered operator `alignkit::name`, every optional one given and not."""
     B, T, V = 3, 5, 7
     steps, values, flags = torch.randn(B, T), torch.randn(B, T + 1), torch.rand(B, T) < 0.5
@@ -44,24 +44,24 @@ def samples(name):
         keys, mask = torch.tensor([3, 1, 3, 3, 0, 1]), torch.rand(6) < 0.5
         yield rewards, 3, None, None, "mean", "std", 1e-4, None, None
         yield rewards.bfloat16(), None, starts, None, "loo", "batch", 1e-4, mask, "reference"
-        yield rewards, None, None, keys, "none", "none", 0.0, mask, "cpu"
+        yield rewards, None, None, keys, "none", "none", 0.0, mask, kernel
     if name == "token_logps":
         yield logits, ids, 1.0, None
-        yield logits.clone().requires_grad_(), ids.int(), 0.7, "cpu"
+        yield logits.clone().requires_grad_(), ids.int(), 0.7, kernel
         yield logits.bfloat16().requires_grad_(), ids, 0.7, "reference"
     if name == "token_logps_backward":
         saved = logits.amax(1), (logits - logits.amax(1, True)).logsumexp(1)
         yield torch.randn(B), torch.randn(B), logits, ids, torch.rand(B), *saved, 1.0, None
     if name == "sample_tokens":
         yield logits, torch.rand(B), 1.0, None
-        yield logits.bfloat16(), torch.rand(B), 0.7, "cpu"
+        yield logits.bfloat16(), torch.rand(B), 0.7, kernel
         yield logits, torch.rand(B).double(), 0.7, "reference"
     if name == "clipped_policy_loss":
         some = torch.rand(B, T) < 0.5
         band = 0.2, 0.3
         yield steps, steps, steps[:, 0], None, None, *band, 0.0, "k3", "token", False, None
         yield (steps.clone().requires_grad_(), steps * 0.9, steps, some, steps * 1.1, *band, 0.1,
-               "k3", "sequence", True, "cpu")  # fmt: skip
+               "k3", "sequence", True, kernel)  # fmt: skip
         yield (steps.bfloat16().requires_grad_(), steps, steps[:, 0], some, steps, *band, 0.1,
                "k2", "sum", True, "reference")  # fmt: skip
     queries, seen, felt = torch.randn(B, 2, V), torch.randn(B, 4, V), torch.randn(B, 1, V)
@@ -69,7 +69,7 @@ def samples(name):
     if name == "attend":
         leaves = [x.clone().requires_grad_() for x in (queries, seen, felt)]
         yield *leaves, None, None, None
-        yield queries, seen.bfloat16().requires_grad_(), felt, some, some[:, :1], "cpu"
+        yield queries, seen.bfloat16().requires_grad_(), felt, some, some[:, :1], kernel
         yield queries, seen.double(), felt, some, None, "reference"
     if name == "attend_backward":
         saved = torch.randn(B, 2), torch.randn(B, 2, V), torch.randn(B, 2, 2), torch.randn(B, 2)
@@ -86,11 +86,15 @@ def test_the_list_of_operators_is_the_registry():
     assert set(REGISTERED) == {n for n in dispatch._functions if "." not in n}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", REGISTERED)
-def test_opcheck(name):
-    require("cpu")
+def test_opcheck(name, device):
+    kernel = "cpu" if device == "cpu" else "triton"
+    require(kernel)
     op = getattr(torch.ops.alignkit, name).default
-    for args in samples(name):
+    with torch.device(device):
+        cases = list(samples(name, kernel))
+    for args in cases:
         torch.library.opcheck(op, args)
 
 
@@ -106,7 +110,8 @@ def all_operators(rewards, values, flags, logits, ids):
     floored = floored + both
     out = ops.token_logps(logits * 0.5, ids, temperature=0.7, eps_beta=0.1)
     support = out.supported.float().sum()
-    drawn, logps = ops.sample_tokens(logits, torch.full(ids.shape, 0.5), temperature=0.7)
+    uniforms = torch.full(ids.shape, 0.5, device=ids.device)
+    drawn, logps = ops.sample_tokens(logits, uniforms, temperature=0.7)
     support = support + drawn.float().sum() + logps.sum()
     compared = ops.grouped_advantage(rewards.flatten() * 2, ids=flags.flatten().long())
     pairs = rewards[:, :2].reshape(-1, 1, 1, 2) * 1.0
@@ -122,19 +127,23 @@ def all_operators(rewards, values, flags, logits, ids):
     return (advantages + floored + targets).sum() + (out.logps + out.entropy).sum() + support
 
 
-def test_one_graph_serves_every_shape():
-    require("cpu")
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_graph_serves_every_shape(device):
+    require(device)
     f = compiled(all_operators)
     for B, T, V in [(2, 3, 5), (4, 9, 6), (3, 17, 11)]:
-        x = (torch.randn(B, T), torch.randn(B, T + 1), (torch.rand(B, T) < 0.5).float())
-        ids = torch.randint(0, V, (B,))
-        logits, same = (torch.randn(B, V).requires_grad_() for _ in range(2))
-        same.data.copy_(logits.data)
+        with torch.device(device):
+            x = (torch.randn(B, T), torch.randn(B, T + 1), (torch.rand(B, T) < 0.5).float())
+            ids = torch.randint(0, V, (B,))
+            logits = torch.randn(B, V).requires_grad_()
+        same = logits.detach().clone().requires_grad_()
         expected, got = all_operators(*x, same, ids), f(*x, logits, ids)
         torch.testing.assert_close(got, expected)
         got.backward()
         expected.backward()
         torch.testing.assert_close(logits.grad, same.grad)
+    if device == "cuda":  # it asserts, and is then of no use to the other tests
+        return
     with pytest.raises(ValueError, match="mask: expected only 0 and 1|terminated: expected only"):
         f(x[0], x[1], x[2] + 0.5, logits, ids)
 
@@ -148,11 +157,13 @@ def test_meta_tensors_have_shapes_and_dtypes():
     assert ops.token_logps(meta(2, 9), ids).entropy.shape == (2,)
 
 
-def test_inductor_calls_the_kernels():
-    require("cpu")
+@pytest.mark.parametrize("device", DEVICES)
+def test_inductor_calls_the_kernels(device):
+    require(device)
     f = compiled(lambda logits, ids: ops.token_logps(logits, ids).logps, "inductor")
-    logits, ids = torch.randn(3, 5).requires_grad_(), torch.randint(0, 5, (3,))
-    f(logits, ids).backward(torch.ones(3))
+    logits = torch.randn(3, 5, device=device).requires_grad_()
+    ids = torch.randint(0, 5, (3,), device=device)
+    f(logits, ids).sum().backward()
     (expected,) = torch.autograd.grad(ops.token_logps(logits, ids).logps.sum(), logits)
     assert torch.equal(logits.grad, expected)
 

@@ -19,6 +19,7 @@ from ops_cases import (
 )
 
 from alignkit import ops
+from alignkit.ops import dispatch
 
 # ---- meaning -------------------------------------------------------------------------------
 
@@ -168,6 +169,8 @@ SHAPES = {
              (700, 129)],
 }  # fmt: skip
 SHAPES["reference"] = SHAPES["cpu"]
+if torch.cuda.is_available():  # the interpreter would take minutes
+    SHAPES["triton"] += [(3, 1023), (2, 1024), (2, 1025), (700, 129)]
 
 
 def run_gae(x, options, backend=None, op=ops.gae, **extra):
@@ -243,6 +246,15 @@ def test_dual_gae_is_gae_twice_and_their_combination(backend, options, dtype):
         for found, alone in zip(ours, (x, costs), strict=False):
             assert torch.equal(found, run_gae(move(alone, device), options, backend))
     assert_as_good_as_torch(cases)
+
+
+@pytest.mark.parametrize("options", [(), ("mask", "truncated")], ids="-".join)
+def test_triton_carries_what_it_knows_from_block_to_block(monkeypatch, options):
+    require("triton")
+    monkeypatch.setattr(dispatch.extension("triton.advantages"), "block_size", lambda T: 8)
+    test_gae_agrees_with_float64("triton", options, torch.float32)
+    test_dual_gae_is_gae_twice_and_their_combination("triton", options, torch.float32)
+    test_supported_gae_agrees_with_float64("triton", options[:1], torch.float32)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -321,15 +333,15 @@ def test_float_flags_equal_bool_flags(backend):
 # ---- where others went wrong ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", KERNELS[-1]])
 def test_long_undiscounted_rows_stay_accurate(backend):
-    require(backend)
+    device = require(backend)
     g = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(1, 16384, generator=g), torch.randn(1, 16385, generator=g)
     never = torch.zeros(1, 16384, dtype=torch.bool)
     exact = ops.gae_reference(rewards.double(), values.double(), never, 1.0, 1.0)
-    error = (ops.gae(rewards, values, never, 1.0, 1.0, backend=backend) - exact).abs().max()
-    assert error / exact.abs().max() <= 5e-6
+    found = ops.gae(*(x.to(device) for x in (rewards, values, never)), 1.0, 1.0, backend=backend)
+    assert (found.cpu() - exact).abs().max() / exact.abs().max() <= 5e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,6 +1,7 @@
 """`grouped_comparison`: both orders, unasked pairs, incomplete answers, every backend."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -93,15 +94,16 @@ def test_a_favour_for_the_first_place_falls_out_of_both_orders(backend):
     torch.testing.assert_close(found.cpu()[0], quality + bonus / 2)
 
 
-def test_views_are_read_as_they_look_and_bits_repeat():
-    require("cpu")
-    scores, complete = case(3, 4, 0)
-    expected = ops.grouped_comparison(scores, complete=complete)
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+def test_views_are_read_as_they_look_and_bits_repeat(backend):
+    device = require(backend)
+    scores, complete = (x.to(device) for x in case(3, 4, 0))
+    run = partial(ops.grouped_comparison, backend=backend)
+    expected = run(scores, complete=complete)
     views = (scores.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), (-scores)._neg_view(),
              scores)  # fmt: skip
     for view in views:
-        for ours, theirs in zip(ops.grouped_comparison(view, complete=complete.float()), expected,
-                                strict=True):  # fmt: skip
+        for ours, theirs in zip(run(view, complete=complete.float()), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_cases import BACKENDS, assert_as_good_as_torch, poisoned, require
+from ops_cases import BACKENDS, KERNELS, assert_as_good_as_torch, poisoned, require
 
 from alignkit import ops
 from alignkit.ops.grouped import BASELINES, SCALES
@@ -147,19 +147,21 @@ def test_nan_stays_in_its_group():
         assert found[:2].isnan().all() and found[2:].isfinite().all()
 
 
-def test_views_are_read_as_they_look():
-    require("cpu")
-    rewards = torch.randn(12)
-    expected = ops.grouped_advantage(rewards, 4)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_views_are_read_as_they_look(backend):
+    rewards = torch.randn(12, device=require(backend))
+    expected = ops.grouped_advantage(rewards, 4, backend=backend)
     spread = torch.stack([rewards, rewards + 9], 1)[:, 0]
     for view in (spread, (-rewards)._neg_view()):
-        assert torch.equal(ops.grouped_advantage(view, 4), expected)
+        assert torch.equal(ops.grouped_advantage(view, 4, backend=backend), expected)
 
 
-def test_same_bits_on_every_repeat():
-    require("cpu")
+@pytest.mark.parametrize("backend", KERNELS)
+def test_same_bits_on_every_repeat(backend):
+    device = require(backend)
     for kind in KINDS:
         rewards, kw = groups(kind, 0)
+        rewards, kw = rewards.to(device), moved(kw, device) | {"backend": backend}
         first = ops.grouped_advantage(rewards, **kw)
         assert all(torch.equal(ops.grouped_advantage(rewards, **kw), first) for _ in range(3))
 

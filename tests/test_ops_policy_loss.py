@@ -5,12 +5,15 @@ import math
 
 import pytest
 import torch
-from ops_cases import BACKENDS, KERNELS, assert_as_good_as_torch, layouts, move, poisoned, require
+from ops_cases import BACKENDS, assert_as_good_as_torch, layouts, move, poisoned, require
 
 from alignkit import ops
+from alignkit.ops import dispatch
 from alignkit.ops.policy_loss import ESTIMATORS, REDUCTIONS, policy_loss_gradient
 
 SIZES = [(1, 1), (3, 5), (2, 33), (1, 513), (2, 600)]
+LOSSES = [b for b in BACKENDS if b in ("reference", "cpu", "triton")]
+COMPILED = LOSSES[1:]
 COLUMNS = "logps", "old_logps", "advantages", "ref_logps"
 
 
@@ -39,7 +42,7 @@ def run(x, op=ops.clipped_policy_loss, **kw):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("kl", [None, *ESTIMATORS])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOSSES)
 def test_agrees_with_float64(backend, kl, reduction):
     device, values, grads = require(backend), [], []
     kw = {"reduction": reduction, "eps_low": 0.2, "eps_high": 0.28}
@@ -106,7 +109,7 @@ def test_gradient_of_the_reference(kl, reduction):
         torch.testing.assert_close(written, found)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOSSES)
 def test_what_is_masked_does_no_harm(backend):
     device = require(backend)
     x = case(3, 6, 0)
@@ -137,7 +140,7 @@ def test_a_step_that_is_not_a_number_shows(backend):
     assert value[0] == math.inf and value[2] == 0.5
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("kl", ["k2", "k3"])
 def test_a_small_distance_is_not_rounded_away(backend, kl):
     device = require(backend)
@@ -152,17 +155,30 @@ def test_a_small_distance_is_not_rounded_away(backend, kl):
         torch.testing.assert_close(grad.double().cpu(), slope, rtol=2e-6, atol=0)
 
 
-def test_views_are_read_as_they_look():
-    require("cpu")
-    x = case(4, 6, 0)
-    expected = run(x, beta=0.1)
+def test_triton_adds_up_blocks(monkeypatch):
+    require("triton")
+    monkeypatch.setattr(dispatch.extension("triton.policy_loss"), "block_size", lambda T: 64)
+    test_agrees_with_float64("triton", "k3", "sequence")
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_views_are_read_as_they_look(backend):
+    x = move(case(4, 6, 0), require(backend))
+    expected = run(x, beta=0.1, backend=backend)
     for name in (*COLUMNS, "mask"):
         for kind, view in layouts(x[name]):
-            for ours, theirs in zip(run(x | {name: view}, beta=0.1), expected, strict=True):
-                assert torch.equal(ours, theirs), (name, kind)
+            got = run(x | {name: view}, beta=0.1, backend=backend)
+            assert all(map(torch.equal, got, expected)), (name, kind)
 
 
-def test_same_bits_on_every_repeat_and_with_more_threads():
+@pytest.mark.parametrize("backend", COMPILED)
+def test_same_bits_on_every_repeat(backend):
+    x = move(case(2, 600, 3), require(backend))
+    first, again = (run(x, beta=0.1, backend=backend) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+
+
+def test_same_bits_with_more_threads():
     require("cpu")
     x, before = case(5, 3000, 3), torch.get_num_threads()
     first = run(x, beta=0.1)

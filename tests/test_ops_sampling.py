@@ -104,7 +104,15 @@ def test_views_are_read_as_they_look(backend):
     assert torch.equal(ops.sample_tokens(logits, spread, backend=backend)[0], expected[0])
 
 
-def test_same_bits_on_every_repeat_and_with_more_threads():
+@pytest.mark.parametrize("backend", DRAWS)
+def test_same_bits_on_every_repeat(backend):
+    device = require(backend)
+    logits, uniforms = (x.to(device) for x in case(5, 5000, 3))
+    first, again = (ops.sample_tokens(logits, uniforms, backend=backend) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+
+
+def test_same_bits_with_more_threads():
     require("cpu")
     logits, uniforms = case(16, 20_000, 3)
     first = ops.sample_tokens(logits, uniforms, backend="cpu")

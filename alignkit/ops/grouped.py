@@ -140,8 +140,10 @@ def _grouped_advantage(rewards, group_size, offsets, ids, baseline, scale, eps, 
     return compute(rewards, group_size, offsets, ids, baseline, scale, eps, mask)
 
 def _check_offsets(offsets: Tensor, N: int) -> None:
-    ends = torch.stack([offsets[0] == 0, offsets[-1] == N])
-    dispatch.refuse_unless(ends, offsets[[0, -1]], f"offsets: expected to go from 0 to {N}")
+    first, last = offsets[0], offsets[-1]
+    ends = torch.stack([first == 0, last == N])
+    came = torch.stack([first, last]) # a list as index would make the host wait for a GPU
+    dispatch.refuse_unless(ends, came, f"offsets: expected to go from 0 to {N}")
     steps = offsets.diff()
     dispatch.refuse_unless(steps >= 0, steps, "offsets: expected numbers that do not fall")
 
