@@ -12,6 +12,7 @@ one another in a CUDA graph where `captured`, so that small arrays are in the ca
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -527,6 +528,46 @@ def clipped_policy_loss_case(B, T, device):
                 error, "with its gradient")  # fmt: skip
 
 
+def attention_fusion_case(B, Nv, Nt, D, dtype, device, gradient=False):
+    ops, _ = installed()
+    heads = math.gcd(D, 8)
+    random = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, device=device).to(dtype)
+
+    x = [normal(*shape).requires_grad_(gradient) for shape in ((B, D), (B, Nv, D), (B, Nt, D))]
+    projections = [normal(D, D) / D**0.5 for _ in range(3)]
+
+    def through(function, x, projections):
+        "What it returns, or the gradient of the first output's sum."
+        found = function(*x, *projections)
+        return torch.autograd.grad(found[0].sum(), x) if gradient else tuple(found)
+
+    def by_attention(query, visual, tactile, *projections):
+        "Linear layers, then torch's attention."
+        tokens = torch.cat([visual, tactile], 1)
+        q, k, v = (torch.nn.functional.linear(t, w).unflatten(-1, (heads, -1)).transpose(1, 2)
+                   for t, w in zip((query[:, None], tokens, tokens), projections, strict=True))  # fmt: skip
+        return (torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, D),)
+
+    def exact(rows):
+        wide = [at(t, rows).requires_grad_(gradient) for t in x]
+        function = partial(ops.attention_fusion_reference, heads=heads)
+        return through(function, wide, [w.cpu().double() for w in projections])
+
+    absorbed = torch.compile(partial(ops.attention_fusion_reference, heads=heads), dynamic=False)
+    size = sum(t.numel() for t in x) * x[0].element_size()
+    return Case("attention_fusion", (B, Nv, Nt, D), name_of(dtype), (3 if gradient else 1) * size, BOTH,
+                lambda backend: through(
+                    partial(ops.attention_fusion, heads=heads, backend=backend), x, projections),
+                {"linear + scaled_dot_product_attention": Peer(partial(through, by_attention, x, projections)),
+                 "torch.compile, the absorbed reference": Peer(partial(through, absorbed, x, projections))},
+                error_of_rows(B, exact), "with its gradient" if gradient else "",
+                max(1e-5, 2 * torch.finfo(dtype).eps))  # fmt: skip
+
+
+
 BF16, F32 = torch.bfloat16, torch.float32
 SHARE = "share_of_copy"
 # What builds a case from its shape and a device; its shape; what the default backend should reach.
@@ -547,6 +588,9 @@ CASES = [
     (partial(sample_tokens_case, dtype=F32), (128, 49152), {SHARE: 0.6}),
     (partial(sample_tokens_case, dtype=BF16), (4096, 128256), {SHARE: 0.6}),
     (clipped_policy_loss_case, (8192, 2048), {SHARE: 0.75}),
+    (partial(attention_fusion_case, dtype=BF16), (64, 1024, 256, 256), {}),
+    (partial(attention_fusion_case, dtype=BF16), (256, 1024, 256, 256), {SHARE: 0.6}),
+    (partial(attention_fusion_case, dtype=F32, gradient=True), (64, 1024, 256, 256), {}),
     (partial(token_logps_case, dtype=BF16), (16384, 151936), {SHARE: 0.8}),
 ]
 
