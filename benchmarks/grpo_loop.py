@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from alignkit import runs
-from alignkit.models.language import LanguagePolicy, encode_prompts
+from alignkit.models.language import LanguagePolicy, encode_prompts, quiet_transformers
 from alignkit.models.weights import small_model
 from alignkit.rl.algorithms import GRPO, RLOO
 from alignkit.rl.language import LanguageCollector, RewardFunction
@@ -100,7 +100,8 @@ def pretrained():
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     def fresh():
-        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        with quiet_transformers():
+            return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
     rows = Dataset.from_dict({"prompt": [f"What I know of the number {i}:" for i in range(200)]})
     return Setup(fresh, tokenizer, rows, odd_lengths, prompts=8, lr=1e-6)
