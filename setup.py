@@ -29,10 +29,13 @@ def lines(key):
 
 
 def extras():
-    """Extra `llm` is the setting `llm_requirements`, and so on; `all` is everything."""
-    names = {"llm": "llm", "trl": "trl", "robots": "robots", "notebooks": "nb", "dev": "dev"}
+    """Extra `llm` is the setting `llm_requirements`, and so on; `all` is what works side by side."""
+    names = {"llm": "llm", "trl": "trl", "tensorboard": "tensorboard", "robots": "robots",
+             "notebooks": "nb", "dev": "dev"}
     found = {extra: lines(f"{key}_requirements") for extra, key in names.items()}
-    return found | {"all": sorted({line for group in found.values() for line in group})}
+    everything = sorted({line for group in found.values() for line in group})
+    apart = {extra: lines(f"{extra}_requirements") for extra in ("trackio", "wandb")}
+    return found | apart | {"all": everything}
 
 
 def nvcc():

@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from . import __version__, claims, report, runs
+from .trackers import TRACKERS
 
 # %% ../nbs/library/13_cli.ipynb #9b0a5e35
 class CommandError(Exception):
@@ -163,8 +164,8 @@ def own_config(args: argparse.Namespace) -> tuple[ModuleType, Any]: # module, it
     at_paper = args.scale == "paper" # which names a model and data itself
     missing = [f"--{name}" for name in ("model", "data") if not getattr(args, name)]
     if missing and not at_paper:
-        raise CommandError(f"{' and '.join(missing)}: required beside --model, --data, --scorer "
-                           "and --set", 2)
+        raise CommandError(f"{' and '.join(missing)}: required beside --model, --data, --scorer, "
+                           "--set and --report-to", 2)
     load_paper(args.paper)
     try:
         own = importlib.import_module(f"alignkit.papers.{args.paper}_own")
@@ -191,8 +192,8 @@ def run_own(args: argparse.Namespace) -> int:
         print(f"alignkit {__version__}: {args.paper} on {config.model}, seed {args.first_seed}, "
               f"in {out}", flush=True)
     try:
-        jobs = own.own_jobs(config, args.first_seed)
-    except (ValueError, OSError) as error: # the model or its data cannot be read
+        jobs = own.own_jobs(config, args.first_seed, args.report_to)
+    except (ValueError, OSError, ModuleNotFoundError) as error: # model, data or tracker
         raise CommandError(str(error)) from error
     try:
         records = own.run_jobs(jobs, out, args.fresh)
@@ -207,7 +208,8 @@ def run_own(args: argparse.Namespace) -> int:
 # %% ../nbs/library/13_cli.ipynb #e05400a2
 def run_paper(args: argparse.Namespace) -> int:
     "`alignkit run`"
-    if args.scale == "paper" or args.model or args.data or args.scorer or args.set:
+    if args.scale == "paper" or any((args.model, args.data, args.scorer, args.set,
+                                     args.report_to)):
         return run_own(args)
     out = Path(args.out or f"runs/{args.paper}/{args.scale}")
     seeds = range(args.first_seed, args.first_seed + args.seeds)
@@ -373,6 +375,7 @@ def add_run(commands: Any) -> None:
                      help="a reward function with TRL's signature")
     own.add_argument("--set", nargs="+", default=(), metavar="NAME=VALUE", type=a_change,
                      help="other fields of the run's configuration")
+    own.add_argument("--report-to", choices=TRACKERS, help="a tracker of the run's figures")
     run.set_defaults(command=run_paper)
 
 # %% ../nbs/library/13_cli.ipynb #a3a52e24

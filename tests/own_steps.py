@@ -20,4 +20,4 @@ def config(models: Path) -> OwnConfig:
 
 
 if __name__ == "__main__":
-    run_jobs(own_jobs(config(Path(sys.argv[1])), 0), sys.argv[2])
+    run_jobs(own_jobs(config(Path(sys.argv[1])), 0, "tensorboard"), sys.argv[2])

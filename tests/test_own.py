@@ -18,6 +18,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alignkit import cli, runs
 from alignkit.models.language import quiet_transformers, tiny_causal_lm
@@ -99,7 +100,7 @@ def killed_once(mine, out):
 
 def test_comparisons_become_a_policy_that_transformers_loads(mine, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = run(mine, whole)
+    done = run(mine, whole, "pairs.jsonl", "--report-to", "tensorboard")
     assert done.returncode == 0, done.stderr
     assert "60 rows accepted, 1 rejected" in done.stdout
     assert "reward_end" in done.stdout and "Traceback" not in done.stderr
@@ -117,6 +118,10 @@ def test_comparisons_become_a_policy_that_transformers_loads(mine, tmp_path):
     assert weights(killed) == weights(whole)
     [record] = [r for r in runs.load_records(whole, "bspo") if r.stage == "train_own_policy"]
     assert len(record.texts["responses"]) == 6 and len(record.curves["reward"]) == 30
+    tracked = EventAccumulator(str(whole / "tensorboard" / policy_folder(whole).name)).Reload()
+    assert [(e.step, e.value) for e in tracked.Scalars("reward")] == [
+        (step, pytest.approx(reward)) for step, reward in enumerate(record.curves["reward"], 1)]
+    assert {"supported", "clip_ratio/region_mean", "step_time"} <= set(tracked.Tags()["scalars"])
 
 
 def test_prompts_and_a_reward_function_are_enough(mine, tmp_path):
@@ -279,8 +284,12 @@ def test_the_papers_configuration_ends_alike_in_one_process_and_in_two(miniature
             assert torch.allclose(found[key], tensor, atol=1e-4), key
         moved = expected["model.norm.weight"] - before["model.norm.weight"]
         assert moved.abs().max() > 5e-4
-    assert {r.stage for r in runs.load_records(two, "bspo")} == {
-        "train_own_scorelm", "train_own_policy"}
+    records = runs.load_records(two, "bspo")
+    assert {r.stage for r in records} == {"train_own_scorelm", "train_own_policy"}
+    for record in records:  # both processes had a tracker; one spoke
+        [written] = two.glob(f"tensorboard/{record.stage}-*/events.out.*")
+        assert len(EventAccumulator(str(written)).Reload().Scalars("loss")) == \
+            {"train_own_scorelm": 3, "train_own_policy": 1}[record.stage]
 
 
 def test_a_scorelm_reads_the_tokens_of_the_policy(miniature, mine):

@@ -14,9 +14,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from alignkit.rl.language import (
 from ..rl.train import train
 from .. import runs
 from ..runs import Job, Result, Stage, Work, derive_seed, require, stage
+from ..trackers import Tracker, check_tracker
 from ..training import generator, one_thread
 
 # %% ../../nbs/papers/01b_bspo_own.ipynb #cada02e1
@@ -279,8 +280,29 @@ def start_scorelm(config: OwnConfig, tokenizer) -> ScoreLM:
     return scorelm
 
 # %% ../../nbs/papers/01b_bspo_own.ipynb #6875e51a
+def _tracker(work: Work, report_to: str | None):
+    "The job's tracker as a context; None: there is none."
+    if report_to is None:
+        return nullcontext()
+    return Tracker(report_to, work.out, run=work.folder.name)
+
+
+def _shown(
+    work: Work,
+    rounds: int,
+    names: Sequence[str],  # of the figures for the job's log
+    tracker: Tracker | None,
+) -> Callable[[int, dict[str, float]], None]:  # an `on_round`
+    def show(round_: int, figures: dict[str, float]) -> None:
+        work.progress(round_ + 1, rounds, **{name: figures[name] for name in names})
+        if tracker is not None:
+            tracker(round_, figures)
+
+    return show
+
+# %% ../../nbs/papers/01b_bspo_own.ipynb #f61805fd
 @stage(version=1)
-def train_own_scorelm(work: Work) -> Result:
+def train_own_scorelm(work: Work, report_to: str | None = None) -> Result:
     "A ScoreLM from comparisons, with the threshold and the smallest score."
     config = OwnConfig(**work.config)
     tokenizer = load_tokenizer(config.model)
@@ -295,13 +317,13 @@ def train_own_scorelm(work: Work) -> Result:
                      for part in (parts["train"], parts["held_out"]))
     batch = min(config.scorelm_batch, len(pairs))
     steps = config.scorelm_epochs * (len(pairs) // batch)
-    with one_thread(), quiet_transformers():
+    with one_thread(), quiet_transformers(), _tracker(work, report_to) as tracker:
         scorelm = start_scorelm(config, tokenizer).to(config.device)
         history = fit_scorelm(
             scorelm, pairs, steps=steps, batch_size=batch, lr=config.scorelm_lr,
             lm_coef=config.lm_coef, seed=derive_seed(work.seed, "order"),
-            checkpoints=work.checkpoints, on_round=lambda i, figures: work.progress(
-                i + 1, steps, loss=figures["loss"], accuracy=figures["accuracy"]))
+            checkpoints=work.checkpoints,
+            on_round=_shown(work, steps, ("loss", "accuracy"), tracker))
         scores = answer_scores(scorelm, pairs)
         if leads():
             scorelm.save_pretrained(work.folder / "scorelm")
@@ -362,12 +384,12 @@ def _collector(config: OwnConfig, policy, tokenizer, rows, scorer, seed: int):
 
 # %% ../../nbs/papers/01b_bspo_own.ipynb #82920db6
 @stage(version=1)
-def train_own_policy(work: Work) -> Result:
+def train_own_policy(work: Work, report_to: str | None = None) -> Result:
     "BSPO; leaves the policy in `policy`, for `AutoModelForCausalLM.from_pretrained`."
     config = OwnConfig(**work.config)
     tokenizer = load_tokenizer(config.model)
     rows = load_data(config, tokenizer)
-    with one_thread(), quiet_transformers():
+    with one_thread(), quiet_transformers(), _tracker(work, report_to) as tracker:
         scorer, measured = _scorer(work, config, tokenizer, rows)
         policy = load_policy(config)
         critic = load_critic(config, derive_seed(work.seed, "critic"))
@@ -379,9 +401,8 @@ def train_own_policy(work: Work) -> Result:
             policy, critic, algorithm, rounds=config.iterations, lr=config.lr,
             minibatches=config.minibatches, epochs=config.epochs,
             seed=derive_seed(work.seed, "updates"), checkpoints=work.checkpoints,
-            on_round=lambda i, figures: work.progress(
-                i + 1, config.iterations, reward=figures["reward"],
-                supported=figures["supported"], entropy=figures["entropy"]))
+            on_round=_shown(work, config.iterations, ("reward", "supported", "entropy"),
+                            tracker))
         if leads():
             policy.save_pretrained(work.folder / "policy")
             tokenizer.save_pretrained(work.folder / "policy")
@@ -421,13 +442,27 @@ def _responses(config: OwnConfig, policy, tokenizer, rows, seed: int) -> list[st
     return written(tokenizer, samples.tokens)
 
 # %% ../../nbs/papers/01b_bspo_own.ipynb #90466697
-def own_jobs(config: OwnConfig, seed: int) -> list[Job]:
+def own_jobs(
+    config: OwnConfig,
+    seed: int,
+    report_to: str | None = None,  # one of `trackers.TRACKERS`; no job's key depends on it
+) -> list[Job]:
     "What is measured, then the policy."
-    stages = [train_own_scorelm] * has_comparisons(config)
-    stages += [measure_initial] * bool(config.scorer)
+    if report_to is not None:
+        check_tracker(report_to)
+    scorelm, policy = (_reporting(learn, report_to)
+                       for learn in (train_own_scorelm, train_own_policy))
+    stages = [scorelm] * has_comparisons(config) + [measure_initial] * bool(config.scorer)
     needs = tuple(Job("bspo", measure, "own", seed, asdict(config))
                   for measure in stages)
-    return [*needs, Job("bspo", train_own_policy, "own", seed, asdict(config), needs)]
+    return [*needs, Job("bspo", policy, "own", seed, asdict(config), needs)]
+
+
+def _reporting(function: Any, report_to: str | None) -> Any:  # stage -> stage
+    "The same stage, whose figures a tracker is told."
+    if report_to is None:
+        return function
+    return wraps(function)(partial(function, report_to=report_to))
 
 # %% ../../nbs/papers/01b_bspo_own.ipynb #e4cd5048
 def leads() -> bool:
