@@ -30,7 +30,8 @@ def lines(key):
 
 def extras():
     """Extra `llm` is the setting `llm_requirements`, and so on; `all` is everything."""
-    names = {"llm": "llm", "trl": "trl", "robots": "robots", "notebooks": "nb", "dev": "dev"}
+    names = {"llm": "llm", "trl": "trl", "bench": "bench", "robots": "robots", "notebooks": "nb",
+             "dev": "dev"}
     found = {extra: lines(f"{key}_requirements") for extra, key in names.items()}
     return found | {"all": sorted({line for group in found.values() for line in group})}
 

@@ -11,7 +11,7 @@ import torch
 from ops_cases import require
 
 from alignkit import ops
-from alignkit.ops import bench, dispatch
+from alignkit.ops import dispatch
 
 COMPOSED = {"linear_token_logps"}  # a product in chunks, each read by a registered operator
 OPERATORS = [name for name in ops.__all__
@@ -200,21 +200,6 @@ def test_float64_takes_the_reference():
     with pytest.raises(TypeError, match="backend: 'triton' takes float32 and bfloat16"):
         require("triton")
         ops.gae(*x, backend="triton")
-
-
-def test_bench_times_only_what_agrees(monkeypatch):
-    require("cpu")
-    small = partial(bench.gae_case, 4, 16)
-    monkeypatch.setitem(bench.CASES, "gae", [small])
-    (row,) = bench.bench(["gae"], rounds=2, device="cpu")
-    assert (row["op"], row["shape"], row["dtype"]) == ("gae", [4, 16], "float32")
-    assert row["ratio"] == row["peer_us"] / row["ours_us"] and 0 < row["copy_share"]
-    wrong = lambda d: small(d)._replace(peer=lambda: torch.ones(4, 16))  # noqa: E731
-    monkeypatch.setitem(bench.CASES, "gae", [wrong])
-    with pytest.raises(AssertionError, match="not close"):
-        bench.bench(["gae"], device="cpu")
-    with pytest.raises(ValueError, match="names: expected some of .*, got .*'gea'"):
-        bench.bench(["gea"])
 
 
 def test_defining_an_operator_again_replaces_it():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOOP', 'SCAN', 'TORCHRL', 'TORCHRL_VEC', 'NUMBA', 'TRL', 'EAGER', 'COMPILE', 'INDEX', 'UIDS', 'DICTIONARY',
-           'SEGMENTS', 'LOG_SOFTMAX', 'UPCAST', 'LSE', 'MULTINOMIAL', 'RACE', 'COPY', 'READ', 'PLAIN', 'EPS_BETA',
-           'CASES', 'TURN', 'PATIENCE', 'HEAD', 'Peer', 'Case', 'gae_case', 'masked_gae_case', 'truncated_gae_case',
-           'supported_gae_case', 'dual_gae_case', 'grouped_case', 'unscaled_case', 'ragged_case',
+           'SEGMENTS', 'LOG_SOFTMAX', 'UPCAST', 'LSE', 'MULTINOMIAL', 'RACE', 'COPY', 'COLD_COPY', 'READ', 'PLAIN',
+           'EPS_BETA', 'CASES', 'TURN', 'PATIENCE', 'FLUSH', 'HEAD', 'Peer', 'Case', 'gae_case', 'masked_gae_case',
+           'truncated_gae_case', 'supported_gae_case', 'dual_gae_case', 'grouped_case', 'unscaled_case', 'ragged_case',
            'grouped_comparison_case', 'token_logps_case', 'from_logits_case', 'sample_tokens_case',
            'clipped_policy_loss_case', 'Planned', 'clock', 'alternate', 'missing', 'difference', 'measure', 'bench',
            'overhead', 'contention', 'recorded', 'origin', 'how', 'line', 'table', 'rows_of', 'figures', 'roofline',
@@ -69,7 +69,8 @@ INDEX, UIDS, DICTIONARY = "verl vectorised", "verl vectorised, uid strings", "ve
 SEGMENTS, LOG_SOFTMAX = "segment_reduce", "log_softmax + gather"
 UPCAST, LSE = "upcast, log_softmax + gather", "torch.compile(gather - logsumexp)"
 MULTINOMIAL, RACE = "softmax + multinomial + gather", "exponential race"
-COPY, READ, PLAIN = "copy of the same bytes", "read of the logits", "plain gae"
+COPY, COLD_COPY = "copy of the same bytes", "the same copy, both cold"
+READ, PLAIN = "read of the logits", "plain gae"
 
 # %% ../../nbs/kernels/09_bench.ipynb #5cd45457
 def _random() -> torch.Generator:
@@ -227,7 +228,7 @@ def token_logps_case(N: int, V: int, dtype: torch.dtype, device: str) -> Case:
             UPCAST, lambda: peers.log_softmax_gather(logits.float(), ids, EPS_BETA)))
     return Case("token_logps", "", (N, V), _name(dtype), N * V * logits.element_size(),
                 lambda: ops.token_logps(logits, ids, eps_beta=EPS_BETA), rivals,
-                {READ: lambda: _read(logits)}, lambda theirs, ours: (theirs[0], ours[0]))
+                {READ: lambda: _read(logits)}, lambda theirs, ours: (theirs[0].float(), ours[0]))
 
 def from_logits_case(B: int, T: int, V: int, device: str) -> Case:
     "BSPO's advantages from the logits of the behaviour model: support first, then the floor."
@@ -284,6 +285,7 @@ class Planned(NamedTuple):
     goals: Mapping[str, float] = {} # contender -> ratio, at least
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_GAE_GOALS = {SCAN: 15, NUMBA: 2.5, COPY: 0.5, COLD_COPY: 0.9}
 _LOGP_GOALS = {
     torch.float32: {LOG_SOFTMAX: 8, TRL: 4, LSE: 2.2, READ: 0.85},
     torch.bfloat16: {LOG_SOFTMAX: 8, TRL: 2.5, LSE: 2.2, UPCAST: 15, READ: 0.5}}
@@ -291,11 +293,9 @@ _LOGP_GOALS = {
 CASES: dict[str, list[Planned]] = {
     "gae": [
         Planned(partial(gae_case, 16, 128)),
-        Planned(partial(gae_case, 256, 1024),
-                {LOOP: 100, TORCHRL: 200, SCAN: 15, NUMBA: 2.5, COPY: 0.5}),
-        Planned(partial(gae_case, 4096, 128), {LOOP: 40, SCAN: 15, NUMBA: 2.5, COPY: 0.9}),
-        Planned(partial(gae_case, 64, 16384),
-                {LOOP: 1000, TORCHRL: 200, SCAN: 15, NUMBA: 2.5, COPY: 0.9}),
+        Planned(partial(gae_case, 256, 1024), {LOOP: 100, TORCHRL: 200} | _GAE_GOALS),
+        Planned(partial(gae_case, 4096, 128), {LOOP: 40} | _GAE_GOALS),
+        Planned(partial(gae_case, 64, 16384), {LOOP: 1000, TORCHRL: 200} | _GAE_GOALS),
         Planned(partial(masked_gae_case, 256, 1024, False), {LOOP: 100, PLAIN: 1 / 1.3}),
         Planned(partial(masked_gae_case, 256, 1024, True), {LOOP: 100, PLAIN: 1 / 1.3}),
         Planned(partial(truncated_gae_case, 256, 1024), {LOOP: 100, PLAIN: 1 / 1.3})],
@@ -323,41 +323,49 @@ CASES: dict[str, list[Planned]] = {
 }
 
 # %% ../../nbs/kernels/09_bench.ipynb #15add66b
-TURN = 2e-5 # seconds: what is quicker runs several times in its turn
+TURN = 1e-3 # seconds: what is quicker runs several times in its turn
 PATIENCE = 3.0 # seconds a contender may take of a case, beyond its first three rounds
+FLUSH = 2**27 # bytes: more than the last cache
 
 def clock(device: str) -> tuple[str, Callable[[], float]]: # its name, seconds
     "The clock that suits the device and the number of threads."
     if device == "cpu" and torch.get_num_threads() == 1:
-        return "CPU time of the process", time.process_time
+        return "CPU time of the thread", time.thread_time
     return "wall", time.perf_counter
+
+def _seconds(run: Callable[[], Any], calls: int, device: str) -> float: # of a call
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    _, now = clock(device)
+    wait()
+    start = now()
+    for _ in range(calls):
+        run()
+    wait()
+    return (now() - start) / calls
 
 def alternate(
     contenders: Mapping[str, Callable[[], Any]], # name -> what to run
     device: str, # a GPU is waited for
     rounds: int = 20,
+    cold: Mapping[str, Callable[[], Any]] | None = None, # of them: name of a cold run -> what
 ) -> dict[str, list[float]]: # name -> seconds of a run, one a round; fewer of the slow
     "Times of contenders that take turns."
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    _, now = clock(device)
-
-    def seconds(run: Callable[[], Any], calls: int) -> float:
-        wait()
-        start = now()
-        for _ in range(calls):
-            run()
-        wait()
-        return (now() - start) / calls
-
     calls = {}
     for name, run in contenders.items():
-        once = min(seconds(run, 1) for _ in range(2)) # the first warms up
+        once = min(_seconds(run, 1, device) for _ in range(2)) # the first warms up
         calls[name] = max(1, math.ceil(TURN / max(once, 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    flush = torch.zeros(FLUSH // 4, device=device) if cold else None
+    times: dict[str, list[float]] = {name: [] for name in (*contenders, *(cold or {}))}
     for turn in range(rounds):
         for name, run in contenders.items():
             if turn < 3 or sum(times[name]) * calls[name] < PATIENCE:
-                times[name].append(seconds(run, calls[name]))
+                if calls[name] > 1:
+                    run()
+                times[name].append(_seconds(run, calls[name], device))
+        for name, run in (cold or {}).items():
+            assert flush is not None
+            flush.sum()
+            times[name].append(_seconds(run, 1, device))
     return times
 
 # %% ../../nbs/kernels/09_bench.ipynb #e3342f05
@@ -394,15 +402,16 @@ def _against(
     times: Mapping[str, list[float]],
     goals: Mapping[str, float],
 ) -> dict[str, Any]:
-    ours, theirs = _quartiles(times["ours"]), _quartiles(times[name])
-    rounds = [b / a for a, b in zip(times["ours"], times[name], strict=False)]
+    own = times["ours, cold" if name == COLD_COPY else "ours"]
+    ours, theirs = _quartiles(own), _quartiles(times[name])
     ratio, goal = theirs[0] / ours[0], goals.get(name)
+    rounds = [b / a for a, b in zip(own, times[name], strict=False)]
     return {
         "peer": name, "rounds": len(rounds),
         "ours_us": 1e6 * ours[0], "ours_quartiles_us": [1e6 * x for x in ours[1:]],
         "peer_us": 1e6 * theirs[0], "peer_quartiles_us": [1e6 * x for x in theirs[1:]],
         "ratio": ratio, "ratio_quartiles": _quartiles(rounds)[1:],
-        "copy_share": statistics.median(times[COPY]) / ours[0],
+        "copy_share": statistics.median(times[COPY]) / statistics.median(times["ours"]),
         "goal": goal, "met": None if goal is None else ratio >= goal}
 
 def measure(
@@ -415,20 +424,26 @@ def measure(
     what = {"op": case.op, "variant": case.variant, "shape": list(case.shape),
             "dtype": case.dtype, "device": device, "threads": torch.get_num_threads(),
             "clock": clock(device)[0], "moved": case.moved}
+    goals = goals or {}
+    yardsticks = [COPY, COLD_COPY, *case.yardsticks]
+    known = {*yardsticks, *(peer.name for peer in case.peers)}
+    if goals.keys() - known:
+        raise ValueError(f"goals: expected some of {sorted(known)}, got {sorted(goals)}")
     absent = {peer.name: missing(peer.needs) for peer in case.peers}
     present = [peer for peer in case.peers if not absent[peer.name]]
     differences = {peer.name: difference(case, peer) for peer in present}
     source = torch.zeros(case.moved // 2, dtype=torch.uint8, device=device) # read and written
     target = torch.empty_like(source)
-    yardsticks = {COPY: lambda: target.copy_(source), **case.yardsticks}
-    contenders = {"ours": case.ours, **{peer.name: peer.run for peer in present}, **yardsticks}
-    times = alternate(contenders, device, rounds)
-    return [what | {"kind": "peer", "peer": name, "skipped": why} if why else
-            what | {"kind": "peer", "difference": differences[name]}
-            | _against(name, times, goals or {})
-            for name, why in absent.items()] + [
-            what | {"kind": "yardstick"} | _against(name, times, goals or {})
-            for name in yardsticks]
+    copy = partial(target.copy_, source)
+    contenders = {"ours": case.ours, COPY: copy, **{peer.name: peer.run for peer in present},
+                  **case.yardsticks}
+    times = alternate(contenders, device, rounds, {"ours, cold": case.ours, COLD_COPY: copy})
+    peers_rows = [
+        what | {"kind": "peer", "peer": name, "skipped": why} if why else
+        what | {"kind": "peer", "difference": differences[name]} | _against(name, times, goals)
+        for name, why in absent.items()]
+    return peers_rows + [what | {"kind": "yardstick"} | _against(name, times, goals)
+                         for name in yardsticks]
 
 # %% ../../nbs/kernels/09_bench.ipynb #8ab9be4f
 @contextlib.contextmanager
