@@ -20,8 +20,9 @@ CONFIG = ConfigParser(interpolation=None)
 CONFIG.read("settings.ini", encoding="utf-8")
 SETTINGS, NATIVE = CONFIG["DEFAULT"], CONFIG["native"]
 CUDA_SOURCES = sorted(glob(NATIVE["cuda_sources"]))
-# GCC vectorises a comparison only where it cannot trap; no result depends on that.
-FLAGS = ["-O3", "-fno-trapping-math", "-Wall", "-Wextra"] if os.name == "posix" else []
+# GCC vectorises a comparison only where it cannot trap, a square root only where it need not set
+# errno; no result depends on either.
+FLAGS = ["-O3", "-fno-trapping-math", "-fno-math-errno", "-Wall", "-Wextra"] if os.name == "posix" else []
 
 
 def lines(key):

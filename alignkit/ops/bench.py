@@ -9,8 +9,8 @@ __all__ = ['LOOP', 'SCAN', 'TORCHRL', 'TORCHRL_VEC', 'NUMBA', 'TRL', 'EAGER', 'C
            'truncated_gae_case', 'supported_gae_case', 'dual_gae_case', 'grouped_case', 'unscaled_case', 'ragged_case',
            'grouped_comparison_case', 'token_logps_case', 'from_logits_case', 'sample_tokens_case',
            'clipped_policy_loss_case', 'Planned', 'clock', 'alternate', 'missing', 'difference', 'measure', 'bench',
-           'overhead', 'contention', 'recorded', 'origin', 'how', 'line', 'table', 'rows_of', 'figures', 'roofline',
-           'largest_error', 'error_table']
+           'overhead', 'contention', 'recorded', 'origin', 'how', 'line', 'table', 'rows_of', 'missed', 'figures',
+           'roofline', 'largest_error', 'error_table']
 
 # %% ../../nbs/kernels/09_bench.ipynb #e1528c62
 import contextlib
@@ -573,7 +573,7 @@ def how(threads: int, clock: str) -> str:
             "[quartiles of the rounds' ratios]")
 
 # %% ../../nbs/kernels/09_bench.ipynb #07e6d446
-HEAD = (f"{'operator':<36}{'dtype':<9} {'contender':<36}{'ours':>9}{'theirs':>10}{'ratio':>8}"
+HEAD = (f"{'operator':<42}{'dtype':<9} {'contender':<36}{'ours':>9}{'theirs':>10}{'ratio':>8}"
         f" {'[quartiles]':<17}{'of a copy':>9}{'goal':>7}  difference")
 
 def _time(us: float) -> str:
@@ -582,11 +582,13 @@ def _time(us: float) -> str:
 def _ratio(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 
+def _case_name(row: Mapping[str, Any]) -> str:
+    shape = "×".join(map(str, row["shape"]))
+    return f"{row['op']} {shape}{', ' * bool(row['variant'])}{row['variant']}"
+
 def line(row: Mapping[str, Any]) -> str:
     "A row as text, under `HEAD`."
-    shape = "×".join(map(str, row["shape"]))
-    name = f"{row['op']} {shape}{', ' * bool(row['variant'])}{row['variant']}"
-    start = f"{name:<36}{row['dtype']:<9} {row['peer']:<36}"
+    start = f"{_case_name(row):<42}{row['dtype']:<9} {row['peer']:<36}"
     if "skipped" in row:
         return f"{start}  {row['skipped']}"
     spread = "[" + " ".join(map(_ratio, row["ratio_quartiles"])) + "]"
@@ -607,6 +609,16 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     "The recorded rows of some operators."
     return [row for row in recording["rows"] if row["op"] in names]
+
+def missed(
+    rows: Iterable[Mapping[str, Any]],
+) -> str:
+    "How many goals are met, and the others by name."
+    asked = [row for row in rows if row.get("goal")]
+    short = [row for row in asked if not row["met"]]
+    return "\n".join([f"{len(asked) - len(short)} of {len(asked)} goals are met"] + [
+        f"missed: {_case_name(row)} {row['dtype']}, {row['peer']}: {_ratio(row['ratio'])} of "
+        f"{_ratio(row['goal'])}" for row in short])
 
 def figures(
     found: Iterable[Mapping[str, Any]], # as `overhead` and `contention` give them
@@ -643,8 +655,8 @@ def roofline(
                   markeredgewidth=2.5, label="the quickest peer" if not y else None)
         axes.annotate(f"{first['copy_share']:.2f}", (copied, y), (4, 0),
                       textcoords="offset points", va="center", fontsize=8, color="0.35")
-    names_of = [line(rows[0])[:36].strip() + f" {rows[0]['dtype']}" for rows in cases]
-    axes.set_yticks(range(len(cases)), names_of[::-1], fontsize=8)
+    labels = [f"{_case_name(rows[0])} {rows[0]['dtype']}" for rows in reversed(cases)]
+    axes.set_yticks(range(len(cases)), labels, fontsize=8)
     axes.set_xlabel("GB/s (of a copy's: the share beside its bar)")
     shares = [rows[0]["copy_share"] for rows in cases]
     axes.set_title(f"{min(shares):.2f} to {max(shares):.2f} of what a copy moves, "
