@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import warnings
-from functools import partial
 
 import pytest
 import torch

@@ -175,13 +175,12 @@ def grouped_case(G: int, n: int, device: str) -> Case:
 def unscaled_case(G: int, n: int, baseline: str, device: str) -> Case:
     "`grouped_advantage` as in Dr. GRPO (\"mean\") and RLOO (\"loo\")."
     rewards = torch.randn(G * n, generator=_random()).to(device)
-    function, *options = {"mean": (peers.grouped_as_in_trl, "none"),
-                          "loo": (peers.leave_one_out_as_in_trl,)}[baseline]
-    return Case("grouped_advantage", {"mean": "Dr. GRPO", "loo": "RLOO"}[baseline], (G, n),
-                "float32", 8 * G * n,
+    name, function = {"mean": ("Dr. GRPO", partial(peers.grouped_as_in_trl, scale="none")),
+                      "loo": ("RLOO", partial(peers.leave_one_out_as_in_trl))}[baseline]
+    return Case("grouped_advantage", name, (G, n), "float32", 8 * G * n,
                 lambda: ops.grouped_advantage(rewards, n, baseline=baseline, scale="none"),
-                [Peer(TRL, lambda: function(rewards, n, *options)),
-                 Peer(COMPILE, _compiled(function, rewards, n, *options), "c++")])
+                [Peer(TRL, lambda: function(rewards, n)),
+                 Peer(COMPILE, _compiled(function, rewards, n), "c++")])
 
 def ragged_case(G: int, n: int, device: str) -> Case:
     "`grouped_advantage` of groups of two to 2n - 2 answers."
@@ -435,8 +434,9 @@ def measure(
     source = torch.zeros(case.moved // 2, dtype=torch.uint8, device=device) # read and written
     target = torch.empty_like(source)
     copy = partial(target.copy_, source)
-    contenders = {"ours": case.ours, COPY: copy, **{peer.name: peer.run for peer in present},
-                  **case.yardsticks}
+    contenders: dict[str, Callable[[], Any]] = {
+        "ours": case.ours, COPY: copy, **{peer.name: peer.run for peer in present},
+        **case.yardsticks}
     times = alternate(contenders, device, rounds, {"ours, cold": case.ours, COLD_COPY: copy})
     peers_rows = [
         what | {"kind": "peer", "peer": name, "skipped": why} if why else
@@ -533,7 +533,8 @@ def contention(
     cores = os.cpu_count() or 1
     calls = {case.op: case.ours for case in (
         gae_case(256, 1024, "cpu"), grouped_case(4096, 16, "cpu"),
-        clipped_policy_loss_case(256, 512, "cpu"), token_logps_case(64, 32000, torch.float32, "cpu"))}
+        clipped_policy_loss_case(256, 512, "cpu"),
+        token_logps_case(64, 32000, torch.float32, "cpu"))}
 
     def seconds(run: Callable[[], Any], threads: int) -> float:
         with _threads(threads):
@@ -542,7 +543,8 @@ def contention(
             return time.perf_counter() - start
 
     with _busy(cores):
-        times = {op: {n: [] for n in {1, cores}} for op in calls}
+        times: dict[str, dict[int, list[float]]] = {
+            op: {n: [] for n in {1, cores}} for op in calls}
         for _ in range(rounds):
             for op, run in calls.items():
                 for n in times[op]:
@@ -577,7 +579,9 @@ HEAD = (f"{'operator':<42}{'dtype':<9} {'contender':<36}{'ours':>9}{'theirs':>10
         f" {'[quartiles]':<17}{'of a copy':>9}{'goal':>7}  difference")
 
 def _time(us: float) -> str:
-    return f"{us:.1f} µs" if us < 1e3 else f"{us / 1e3:.1f} ms" if us < 1e6 else f"{us / 1e6:.1f} s"
+    if us < 1e3:
+        return f"{us:.1f} µs"
+    return f"{us / 1e3:.1f} ms" if us < 1e6 else f"{us / 1e6:.1f} s"
 
 def _ratio(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
@@ -600,7 +604,7 @@ def line(row: Mapping[str, Any]) -> str:
             f"{off}").rstrip()
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    "Rows as text: times are medians, a ratio is theirs over ours, ✓ or ✗ whether a goal is met."
+    "Rows as text: medians, theirs over ours, and whether a goal is met (✓) or missed (✗)."
     return "\n".join([HEAD, *map(line, rows)])
 
 def rows_of(
@@ -633,7 +637,8 @@ def _measured(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]
     found: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
         if "skipped" not in row:
-            found.setdefault((row["op"], row["variant"], *row["shape"], row["dtype"]), []).append(row)
+            key = row["op"], row["variant"], *row["shape"], row["dtype"]
+            found.setdefault(key, []).append(row)
     return list(found.values())
 
 def roofline(
@@ -674,9 +679,7 @@ def _small(
     new, old, ref = 0.3 * torch.randn(3, 4, 100, generator=_random()) - 2
     logits, ids = _logits(8, 500, torch.float32, "cpu")
     scores = 1 + 9 * torch.rand(4, 6, 6, 2, generator=_random())
-    args: list[Any]
-    kwargs: dict[str, Any]
-    args, kwargs = {
+    samples: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "gae": ([rewards, values, flags], {}),
         "supported_gae": ([rewards, values, ~flags, -2.0], {}),
         "dual_gae": ([rewards, -rewards, values, values + 1, flags, 0.99, 0.95, 0.5], {}),
@@ -685,7 +688,8 @@ def _small(
         "token_logps": ([logits, ids], {}),
         "sample_tokens": ([logits, torch.rand(8, generator=_random()).double()], {}),
         "clipped_policy_loss": ([new, old, rewards[:, 0]], {"beta": 0.1, "ref_logps": ref}),
-    }[op]
+    }
+    args, kwargs = samples[op]
     return ([_cast(x, dtype) for x in args], {k: _cast(x, dtype) for k, x in kwargs.items()})
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
