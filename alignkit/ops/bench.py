@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -527,7 +528,7 @@ def _busy(cores: int) -> Iterator[None]:
             loop.wait()
 
 def contention(
-    rounds: int = 30,
+    rounds: int = 100,
 ) -> list[dict[str, Any]]: # figures with their goals
     "How much longer a call takes with a thread a core than with one, all cores being busy."
     cores = os.cpu_count() or 1
@@ -546,12 +547,13 @@ def contention(
     with _busy(cores):
         times: dict[str, dict[int, list[float]]] = {
             op: {n: [] for n in {1, cores}} for op in calls}
+        turns = [(op, n) for op in calls for n in times[op]]
         for _ in range(rounds):
-            for op, run in calls.items():
-                for n in times[op]:
-                    times[op][n].append(seconds(run, n))
+            random.shuffle(turns) # or time slices end in the same turn again and again
+            for op, n in turns:
+                times[op][n].append(seconds(calls[op], n))
     return [_figure(f"{op}, {cores} threads and busy cores, against one thread",
-                    statistics.median(t[cores]) / statistics.median(t[1]), "×", 2.0)
+                    statistics.fmean(t[cores]) / statistics.fmean(t[1]), "×", 2.0)
             for op, t in times.items()]
 
 # %% ../../nbs/kernels/09_bench.ipynb #7319bd8c
