@@ -20,8 +20,9 @@ CONFIG = ConfigParser(interpolation=None)
 CONFIG.read("settings.ini", encoding="utf-8")
 SETTINGS, NATIVE = CONFIG["DEFAULT"], CONFIG["native"]
 CUDA_SOURCES = sorted(glob(NATIVE["cuda_sources"]))
-# GCC vectorises a comparison only where it cannot trap; no result depends on that.
-FLAGS = ["-O3", "-fno-trapping-math", "-Wall", "-Wextra"] if os.name == "posix" else []
+# GCC vectorises a comparison only where it cannot trap, a square root only where it need not set
+# errno; no result depends on either.
+FLAGS = ["-O3", "-fno-trapping-math", "-fno-math-errno", "-Wall", "-Wextra"] if os.name == "posix" else []
 
 
 def lines(key):
@@ -30,8 +31,8 @@ def lines(key):
 
 def extras():
     """Extra `llm` is the setting `llm_requirements`, and so on; `all` is what works side by side."""
-    names = {"llm": "llm", "trl": "trl", "tensorboard": "tensorboard", "robots": "robots",
-             "notebooks": "nb", "dev": "dev"}
+    names = {"llm": "llm", "trl": "trl", "bench": "bench", "tensorboard": "tensorboard",
+             "robots": "robots", "notebooks": "nb", "dev": "dev"}
     found = {extra: lines(f"{key}_requirements") for extra, key in names.items()}
     everything = sorted({line for group in found.values() for line in group})
     apart = {extra: lines(f"{extra}_requirements") for extra in ("trackio", "wandb")}

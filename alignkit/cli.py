@@ -317,22 +317,20 @@ def doctor(args: argparse.Namespace) -> int:
 # %% ../nbs/library/13_cli.ipynb #8bb01178
 def bench(args: argparse.Namespace) -> int:
     "`alignkit bench`"
-    from alignkit.ops.bench import CASES
-    from alignkit.ops.bench import bench as measured
+    from alignkit.ops import bench as benchmark
 
     for name in args.operators:
-        if name not in CASES:
-            raise CommandError(f"OP: no operator {name!r}; there are {', '.join(CASES)}", 2)
-    rows = measured(args.operators)
+        if name not in benchmark.CASES:
+            known = ", ".join(benchmark.CASES)
+            raise CommandError(f"OP: no operator {name!r}; there are {known}", 2)
+    rows = benchmark.bench(args.operators)
     if args.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(list(rows), indent=1))
         return 0
-    print(f"{'operator':<18}{'shape':<14}{'dtype':<10}{'µs':>9}{'peer µs':>10}{'ratio':>8}"
-          f"{'of a copy':>11}  peer")
-    for r in rows:
-        shape = "×".join(map(str, r["shape"]))
-        print(f"{r['op']:<18}{shape:<14}{r['dtype']:<10}{r['ours_us']:>9.1f}{r['peer_us']:>10.1f}"
-              f"{r['ratio']:>8.1f}{r['copy_share']:>11.2f}  {r['peer']}")
+    print(benchmark.HEAD)
+    for row in rows:
+        print(benchmark.line(row), flush=True)
+    print(f"\n{benchmark.how(row['threads'], row['clock'])}")
     return 0
 
 # %% ../nbs/library/13_cli.ipynb #2400d0e1

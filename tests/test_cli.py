@@ -158,12 +158,17 @@ def test_doctor(capsys):
     assert "reference" in capsys.readouterr().out
 
 
-def test_bench(capsys):
+def test_bench(capsys, monkeypatch):
+    from alignkit.ops import bench
+
+    small = bench.Planned(lambda device: bench.masked_gae_case(4, 16, False, device), {bench.LOOP: 1e9})
+    monkeypatch.setitem(bench.CASES, "gae", [small])
     assert status_of("bench", "gae", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["op"] for row in rows} == {"gae"} and all(row["ours_us"] > 0 for row in rows)
-    assert status_of("bench", "supported_gae") == 0
-    assert "supported_gae" in capsys.readouterr().out
+    assert status_of("bench", "gae") == 0
+    head, first, *_, _, how = capsys.readouterr().out.splitlines()
+    assert head == bench.HEAD and bench.LOOP in first and "✗" in first and "1 thread, CPU time" in how
 
 
 def test_report_of_a_folder_without_results_exits_1(tmp_path, capsys):

@@ -4,14 +4,13 @@ import os
 import subprocess
 import sys
 import warnings
-from functools import partial
 
 import pytest
 import torch
 from ops_cases import DEVICES, require
 
 from alignkit import ops
-from alignkit.ops import bench, dispatch
+from alignkit.ops import dispatch
 
 # products of torch's around a registered operator: `token_logps`, `attend`
 COMPOSED = {"linear_token_logps", "attention_fusion"}
@@ -227,21 +226,6 @@ def test_float64_takes_the_reference():
     with pytest.raises(TypeError, match="backend: 'triton' takes float32 and bfloat16"):
         require("triton")
         ops.gae(*x, backend="triton")
-
-
-def test_bench_times_only_what_agrees(monkeypatch):
-    require("cpu")
-    small = partial(bench.gae_case, 4, 16)
-    monkeypatch.setitem(bench.CASES, "gae", [small])
-    (row,) = bench.bench(["gae"], rounds=2, device="cpu")
-    assert (row["op"], row["shape"], row["dtype"]) == ("gae", [4, 16], "float32")
-    assert row["ratio"] == row["peer_us"] / row["ours_us"] and 0 < row["copy_share"]
-    wrong = lambda d: small(d)._replace(peer=lambda: torch.ones(4, 16))  # noqa: E731
-    monkeypatch.setitem(bench.CASES, "gae", [wrong])
-    with pytest.raises(AssertionError, match="not close"):
-        bench.bench(["gae"], device="cpu")
-    with pytest.raises(ValueError, match="names: expected some of .*, got .*'gea'"):
-        bench.bench(["gea"])
 
 
 def test_defining_an_operator_again_replaces_it():

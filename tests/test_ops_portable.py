@@ -34,7 +34,7 @@ def built(name, folder):
         pytest.skip("needs a processor with AVX2")
     target = folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    subprocess.run(["g++", "-std=c++17", "-O1", "-ftree-vectorize", "-fno-trapping-math", "-shared",
+    subprocess.run(["g++", "-std=c++17", "-O1", "-ftree-vectorize", "-fno-trapping-math", "-fno-math-errno", "-shared",
                     "-fPIC", "-DALIGNKIT_PORTABLE", *FLAGS[name], *[f"-I{i}" for i in includes],
                     *ROOT.glob("csrc/cpu/*.cpp"), "-o", target], check=True)  # fmt: skip
     spec = importlib.util.spec_from_file_location("_cpu", target)

@@ -38,17 +38,9 @@ struct Given {
   static constexpr bool mask = kMask, cut = kCut, end = kEnd, floor = kFloor;
 };
 
-// Value after each step, from the next step that counts.
-void values_after(const float* values, const std::uint8_t* mask, int n, Tile& tile, Carry& carry) {
-  for (int i = n - 1; i >= 0; --i) {
-    tile.after[i] = carry.next_value;
-    carry.next_value = mask[i] ? values[i] : carry.next_value;
-  }
-}
-
 // Pairs of the `n` steps from `first` on, an offset into (B, T); `values` points at the same
 // step. Later rules win: termination over truncation, the floor over both.
-template <class G>
+template <class G, class Scan>
 void pairs(const GaeArguments& x, std::int64_t first, const float* values, int n, Tile& tile,
            Carry& carry) {
   const float* rewards = x.rewards + first;
@@ -80,7 +72,7 @@ void pairs(const GaeArguments& x, std::int64_t first, const float* values, int n
     tile.c[i] = c;
   };
   if constexpr (G::mask) {
-    values_after(values, mask, n, tile, carry);
+    Scan::values_after(values, mask, n, tile.after, carry.next_value);
     for (int i = 0; i < n; ++i) pair(i, tile.after[i]);
   } else {
     for (int i = 0; i < n; ++i) pair(i, values[i + 1]);
@@ -89,8 +81,18 @@ void pairs(const GaeArguments& x, std::int64_t first, const float* values, int n
   }
 }
 
-// out[i] = a[i] + c[i] * out[i + 1], with `last` beyond the end. Returns out[0].
 struct FourAtATime {
+  // Value after each step, from the next step that counts; `next` beyond the end, and then at
+  // the start.
+  static void values_after(const float* values, const std::uint8_t* mask, int n, float* after,
+                           float& next) {
+    for (int i = n - 1; i >= 0; --i) {
+      after[i] = next;
+      next = mask[i] ? values[i] : next;
+    }
+  }
+
+  // out[i] = a[i] + c[i] * out[i + 1], with `last` beyond the end. Returns out[0].
   static float scan(const float* a, const float* c, int n, float last, float* out) {
     int i = n;
     for (; i >= 4; i -= 4) {
@@ -130,8 +132,39 @@ struct SixteenAtATime {
     c *= __builtin_shuffle(c, one, lane + kBy);
   }
 
-  static float scan(const float* a, const float* c, int n, float last,
-                                       float* out) {
+  // A lane that does not count takes what the lane `kBy` behind it has.
+  template <int kBy>
+  static void take(Lanes& value, Index& known) {
+    const Index lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    value = known ? value : __builtin_shuffle(value, Lanes{}, lane + kBy);
+    known |= __builtin_shuffle(known, Index{}, lane + kBy);
+  }
+
+  static void values_after(const float* values, const std::uint8_t* mask, int n, float* after,
+                           float& next) {
+    typedef std::uint8_t Bytes __attribute__((vector_size(16)));
+    const Index lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    int i = n;
+    for (; i >= 16; i -= 16) {
+      Lanes value;
+      Bytes counts;
+      std::memcpy(&value, values + i - 16, sizeof value);
+      std::memcpy(&counts, mask + i - 16, sizeof counts);
+      Index known = __builtin_convertvector(counts, Index) != 0;
+      take<1>(value, known);
+      take<2>(value, known);
+      take<4>(value, known);
+      take<8>(value, known);
+      const Lanes behind = Lanes{} + next;
+      value = known ? value : behind;
+      const Lanes shifted = __builtin_shuffle(value, behind, lane + 1);
+      std::memcpy(after + i - 16, &shifted, sizeof shifted);
+      next = value[0];
+    }
+    FourAtATime::values_after(values, mask, i, after, next);
+  }
+
+  static float scan(const float* a, const float* c, int n, float last, float* out) {
     int i = n;
     for (; i >= 16; i -= 16) {
       Lanes p, q;
@@ -158,9 +191,12 @@ void value_targets(const GaeArguments& x, std::int64_t start, std::int64_t t, in
   const float* advantages = x.advantages + start + t;
   const std::uint8_t* before = x.supported + start + t - 1;
   float* targets = x.targets + start + t;
-  targets[0] = t == 0 || before[0] ? advantages[0] + values[t] : x.v_min;
-  for (int i = 1; i < n; ++i)
-    targets[i] = before[i] ? advantages[i] + values[t + i] : x.v_min;
+  const float v_min = x.v_min;
+  targets[0] = t == 0 || before[0] ? advantages[0] + values[t] : v_min;
+  for (int i = 1; i < n; ++i) {
+    const float target = advantages[i] + values[t + i];  // read either way, or the loop branches
+    targets[i] = before[i] ? target : v_min;
+  }
 }
 
 // The same for a whole row, in which steps may be skipped.
@@ -205,11 +241,13 @@ class Row {
  private:
   template <class Some>
   void step(std::int64_t t, int n, Tile& tile) {
-    pairs<Some>(x, start + t, values + t, n, tile, carry);
+    pairs<Some, Scan>(x, start + t, values + t, n, tile, carry);
     float* out = x.advantages + start + t;
     carry.advantage = Scan::scan(tile.a, tile.c, n, carry.advantage, out);
-    if constexpr (Some::mask)
-      for (int i = 0; i < n; ++i) out[i] = x.mask[start + t + i] ? out[i] : 0.0f;
+    if constexpr (Some::mask) {
+      const std::uint8_t* mask = x.mask + start + t;
+      for (int i = 0; i < n; ++i) out[i] = mask[i] ? out[i] : 0.0f;
+    }
   }
 
   const GaeArguments& x;

@@ -3,98 +3,186 @@
 #include <algorithm>
 #include <cmath>
 
+#include <cstring>
+
 #include "kernels.h"
+#include "wide.h"
 
 namespace alignkit {
 namespace {
 
 constexpr int kLanes = 4;
 
+// Adds up term(i) of i in [0, n), in a fixed order that waits less for the sum before it.
+template <class Term>
+double sum_of(std::int64_t n, Term term) {
+  double lanes[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
+  for (; i < n; ++i) lanes[0] += term(i);
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+
 // Any size, any mask. A double holds the sum of equal floats without rounding: equal rewards
 // deviate by zero.
+template <bool kMask>
 void any_group(const GroupedArguments& x, Span span) {
   const float* rewards = x.rewards + span.start;
-  const std::uint8_t* mask = x.mask ? x.mask + span.start : nullptr;
+  const std::uint8_t* mask = kMask ? x.mask + span.start : nullptr;
   float* advantages = x.advantages + span.start;
-  double sum = 0.0;
-  std::int64_t count = 0;
-  for (std::int64_t i = 0; i < span.size; ++i)
-    if (!mask || mask[i]) {
-      sum += rewards[i];
-      ++count;
-    }
+  const auto counts = [&](std::int64_t i) { return !kMask || mask[i]; };
+  std::int64_t count = span.size;
+  if constexpr (kMask) count = std::count_if(mask, mask + count, [](auto m) { return m != 0; });
   if (count == 0 || alone(x, count)) {
     std::fill_n(advantages, span.size, 0.0f);
     return;
   }
-  const double n = static_cast<double>(count), mean = sum / n;
+  const double n = static_cast<double>(count);
+  const auto counted = [&](std::int64_t i, double value) { return counts(i) ? value : 0.0; };
+  const double mean =
+      sum_of(span.size, [&](std::int64_t i) { return counted(i, rewards[i]); }) / n;
   double squares = 0.0;
   if (x.scale == Scale::std)
-    for (std::int64_t i = 0; i < span.size; ++i)
-      if (!mask || mask[i]) squares += (rewards[i] - mean) * (rewards[i] - mean);
+    squares = sum_of(span.size, [&](std::int64_t i) {
+      const double d = counted(i, rewards[i] - mean);
+      return d * d;
+    });
   const double slope = stretch(x, n) / divisor(x, std::sqrt(squares / (n - 1.0)));
   const double origin = x.baseline == Baseline::none ? 0.0 : mean;
   for (std::int64_t i = 0; i < span.size; ++i)
-    advantages[i] =
-        !mask || mask[i] ? static_cast<float>(slope * (rewards[i] - origin)) : 0.0f;
+    advantages[i] = static_cast<float>(counted(i, slope * (rewards[i] - origin)));
 }
 
 float total(const float* lanes) { return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]); }
 
-// Overwrites kSize rewards with their deviations from the mean and returns the sum of squares.
-// Deviations are taken from the first reward before they are summed: those of equal rewards
-// are zero.
+// Writes the deviations of kSize rewards from their mean and returns the sum of squares. The
+// mean is summed from differences to the first reward, so that equal rewards deviate by zero,
+// and kept as two floats, so that a deviation is rounded once.
 template <int kSize>
 float deviations(const float* rewards, float* d) {
   float sum[kLanes] = {}, squares[kLanes] = {};
   const float first = rewards[0];
-  for (int i = 0; i < kSize; ++i) d[i] = rewards[i] - first;
   for (int i = 0; i < kSize; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) sum[l] += d[i + l];
-  const float mean = total(sum) * (1.0f / kSize);
-  for (int i = 0; i < kSize; ++i) d[i] -= mean;
+    for (int l = 0; l < kLanes; ++l) sum[l] += rewards[i + l] - first;
+  const float above = total(sum) * (1.0f / kSize);
+  const float mean = first + above, rest = (first - mean) + above;
+  for (int i = 0; i < kSize; ++i) d[i] = (rewards[i] - mean) - rest;
   for (int i = 0; i < kSize; i += kLanes)
     for (int l = 0; l < kLanes; ++l) squares[l] += d[i + l] * d[i + l];
   return total(squares);
 }
 
+// `n` groups of kSize rewards: their deviations, and of each the sum of squares.
+struct OneAtATime {
+  template <int kSize>
+  static void batch(const float* rewards, int n, float* d, float* squares) {
+    for (int g = 0; g < n; ++g)
+      squares[g] = deviations<kSize>(rewards + g * kSize, d + g * kSize);
+  }
+};
+
+#ifdef ALIGNKIT_V4
+// The same sixteen rewards at a time: a register holds groups, or a part of one.
+struct SixteenAtATime {
+  static constexpr int kWidth = 16;
+  typedef float Lanes __attribute__((vector_size(64)));
+  typedef std::int32_t Index __attribute__((vector_size(64)));
+  static constexpr Index kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+  // Every lane becomes the sum over its group's lanes, which are 2 * kBy.
+  template <int kBy>
+  static void total(Lanes& x) {
+    if constexpr (kBy > 0) {
+      x += __builtin_shuffle(x, kLane ^ kBy);
+      total<kBy / 2>(x);
+    }
+  }
+
+  template <int kSize>
+  static void batch(const float* rewards, int n, float* d, float* squares) {
+    constexpr int kWithin = std::min(kSize, kWidth), kParts = kSize / kWithin;
+    constexpr int kGroups = kWidth / kWithin;
+    int g = 0;
+    for (; g + kGroups <= n; g += kGroups) {
+      Lanes x[kParts], sum = {}, square = {};
+      std::memcpy(x, rewards + g * kSize, sizeof x);
+      const Lanes first = __builtin_shuffle(x[0], kLane & -kWithin);
+      for (int p = 0; p < kParts; ++p) sum += x[p] - first;
+      total<kWithin / 2>(sum);
+      const Lanes above = sum * (1.0f / kSize), mean = first + above;
+      const Lanes rest = (first - mean) + above;
+      for (int p = 0; p < kParts; ++p) x[p] = (x[p] - mean) - rest;
+      for (int p = 0; p < kParts; ++p) square += x[p] * x[p];
+      total<kWithin / 2>(square);
+      std::memcpy(d + g * kSize, x, sizeof x);
+      for (int i = 0; i < kGroups; ++i) squares[g + i] = square[i * kWithin];
+    }
+    OneAtATime::batch<kSize>(rewards + g * kSize, n - g, d + g * kSize, squares + g);
+  }
+};
+#endif
+
 // Groups of kSize rewards that all count, in floats. Square roots and divisions of a batch of
 // groups stand side by side, where a compiler can vectorise them.
-template <int kSize>
+template <int kSize, class Deviations>
 void fixed_groups(const GroupedArguments& x) {
   constexpr int kBatch = 32;
-  float d[kBatch][kSize], slope[kBatch];
+  float d[kBatch * kSize], slope[kBatch], rest[kBatch];  // of a slope, in a second float
   const double factor = stretch(x, kSize);
   const double common = factor / divisor(x, 0.0);  // not used where the scale is the group's
+  const double eps = x.eps;
+  const bool own = x.scale == Scale::std, raw = x.baseline == Baseline::none;
   for (std::int64_t first = 0; first < x.G; first += kBatch) {
     const int n = static_cast<int>(std::min<std::int64_t>(kBatch, x.G - first));
     const float* rewards = x.rewards + first * kSize;
     float* advantages = x.advantages + first * kSize;
-    for (int g = 0; g < n; ++g) slope[g] = deviations<kSize>(rewards + g * kSize, d[g]);
+    Deviations::template batch<kSize>(rewards, n, d, slope);
     for (int g = 0; g < n; ++g) {
-      const double own = factor / divisor(x, std::sqrt(double{slope[g]} / (kSize - 1)));
-      slope[g] = static_cast<float>(x.scale == Scale::std ? own : common);
+      const double spread = std::sqrt(double{slope[g]} / (kSize - 1)) + eps;
+      const double exact = own ? factor / (spread == 0.0 ? 1.0 : spread) : common;
+      slope[g] = static_cast<float>(exact);
+      rest[g] = static_cast<float>(exact - slope[g]);
     }
-    for (int g = 0; g < n; ++g) {
-      const float* from = x.baseline == Baseline::none ? rewards + g * kSize : d[g];
-      for (int i = 0; i < kSize; ++i) advantages[g * kSize + i] = slope[g] * from[i];
-    }
+    const float* from = raw ? rewards : d;
+    for (int g = 0; g < n; ++g)
+      for (int i = 0; i < kSize; ++i) {
+        const float value = from[g * kSize + i];
+        advantages[g * kSize + i] = slope[g] * value + rest[g] * value;
+      }
   }
+}
+
+template <class Deviations>
+bool known_size(const GroupedArguments& x) {
+  switch (x.group_size) {
+    case 4: return fixed_groups<4, Deviations>(x), true;
+    case 8: return fixed_groups<8, Deviations>(x), true;
+    case 16: return fixed_groups<16, Deviations>(x), true;
+    case 32: return fixed_groups<32, Deviations>(x), true;
+    case 64: return fixed_groups<64, Deviations>(x), true;
+  }
+  return false;
+}
+
+#ifdef ALIGNKIT_V4
+ALIGNKIT_V4 bool by_sixteen(const GroupedArguments& x) { return known_size<SixteenAtATime>(x); }
+#endif
+
+// Whether the groups were of a size that is unrolled, and are done.
+bool by_the_widest(const GroupedArguments& x) {
+#ifdef ALIGNKIT_V4
+  if (has_v4()) return by_sixteen(x);
+#endif
+  return known_size<OneAtATime>(x);
 }
 
 }  // namespace
 
 void grouped_advantage(const GroupedArguments& x) {
-  if (!x.offsets && !x.mask) {
-    switch (x.group_size) {
-      case 4: return fixed_groups<4>(x);
-      case 8: return fixed_groups<8>(x);
-      case 16: return fixed_groups<16>(x);
-      case 32: return fixed_groups<32>(x);
-      case 64: return fixed_groups<64>(x);
-    }
-  }
-  for (std::int64_t g = 0; g < x.G; ++g) any_group(x, group(x, g));
+  if (!x.offsets && !x.mask && by_the_widest(x)) return;
+  for (std::int64_t g = 0; g < x.G; ++g)
+    x.mask ? any_group<true>(x, group(x, g)) : any_group<false>(x, group(x, g));
 }
 
 }  // namespace alignkit
