@@ -267,9 +267,9 @@ BOTH, TRITON = ("cuda", "triton"), ("triton",)
 def installed():
     "The operators, and the functions that they are compared with; the build comes before they can be imported."
     from alignkit import ops
-    from alignkit.ops import bench
+    from alignkit.ops import peers
 
-    return ops, bench
+    return ops, peers
 
 
 def compiled(function, *args):

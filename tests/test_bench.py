@@ -26,6 +26,8 @@ SMALL = {
     "ragged": partial(bench.ragged_case, 7, 4),
     "grouped_comparison": partial(bench.grouped_comparison_case, 6, 4),
     "clipped_policy_loss": partial(bench.clipped_policy_loss_case, 5, 37),
+    "attention_fusion": partial(bench.attention_fusion_case, 3, 5, 2, 16, 4, False),
+    "attention_fusion with gradient": partial(bench.attention_fusion_case, 3, 5, 2, 16, 4, True),
     "token_logps": partial(bench.token_logps_case, 6, 101, torch.float32),
     "token_logps bfloat16": partial(bench.token_logps_case, 6, 102, torch.bfloat16),
     "sample_tokens": partial(bench.sample_tokens_case, 6, 101, torch.float32),

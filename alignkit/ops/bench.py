@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LOOP', 'SCAN', 'TORCHRL', 'TORCHRL_VEC', 'NUMBA', 'TRL', 'EAGER', 'COMPILE', 'INDEX', 'UIDS', 'DICTIONARY',
            'SEGMENTS', 'LOG_SOFTMAX', 'UPCAST', 'LSE', 'MULTINOMIAL', 'RACE', 'COPY', 'COLD_COPY', 'READ', 'PLAIN',
-           'EPS_BETA', 'CASES', 'TURN', 'PATIENCE', 'FLUSH', 'HEAD', 'Peer', 'Case', 'gae_case', 'masked_gae_case',
-           'truncated_gae_case', 'supported_gae_case', 'dual_gae_case', 'grouped_case', 'unscaled_case', 'ragged_case',
-           'grouped_comparison_case', 'token_logps_case', 'from_logits_case', 'sample_tokens_case',
-           'clipped_policy_loss_case', 'Planned', 'clock', 'alternate', 'missing', 'difference', 'measure', 'bench',
-           'overhead', 'contention', 'recorded', 'origin', 'how', 'line', 'table', 'rows_of', 'missed', 'figures',
-           'roofline', 'largest_error', 'error_table']
+           'MHA', 'SDPA', 'ABSORBED', 'ABSORBED_COMPILE', 'EPS_BETA', 'CASES', 'TURN', 'PATIENCE', 'FLUSH', 'HEAD',
+           'Peer', 'Case', 'gae_case', 'masked_gae_case', 'truncated_gae_case', 'supported_gae_case', 'dual_gae_case',
+           'grouped_case', 'unscaled_case', 'ragged_case', 'grouped_comparison_case', 'token_logps_case',
+           'from_logits_case', 'sample_tokens_case', 'clipped_policy_loss_case', 'attention_fusion_case', 'Planned',
+           'clock', 'alternate', 'missing', 'difference', 'measure', 'bench', 'overhead', 'contention', 'recorded',
+           'origin', 'how', 'line', 'table', 'rows_of', 'missed', 'figures', 'roofline', 'largest_error', 'error_table']
 
 # %% ../../nbs/kernels/09_bench.ipynb #e1528c62
 import contextlib
@@ -72,6 +72,8 @@ UPCAST, LSE = "upcast, log_softmax + gather", "torch.compile(gather - logsumexp)
 MULTINOMIAL, RACE = "softmax + multinomial + gather", "exponential race"
 COPY, COLD_COPY = "copy of the same bytes", "the same copy, both cold"
 READ, PLAIN = "read of the logits", "plain gae"
+MHA, SDPA = "nn.MultiheadAttention", "linear + SDPA"
+ABSORBED, ABSORBED_COMPILE = "absorbed torch", "torch.compile(absorbed torch)"
 
 # %% ../../nbs/kernels/09_bench.ipynb #5cd45457
 def _random() -> torch.Generator:
@@ -279,6 +281,41 @@ def clipped_policy_loss_case(B: int, T: int, device: str) -> Case:
                  Peer(COMPILE, lambda: gradient(compiled(new, *rest)), "c++")])
 
 # %% ../../nbs/kernels/09_bench.ipynb #6bb17b2d
+def attention_fusion_case(
+    B: int, Nv: int, Nt: int, D: int, heads: int, gradient: bool, device: str
+) -> Case:
+    "`attention_fusion`, and with `gradient` the gradient to its six tensors as well."
+    draw = partial(torch.randn, generator=_random())
+    x = [draw(*shape).to(device) for shape in ((B, D), (B, Nv, D), (B, Nt, D))]
+    projections = [(draw(D, D) / D**0.5).to(device) for _ in range(3)]
+    attention = torch.nn.MultiheadAttention(D, heads, bias=False, batch_first=True, device=device)
+    attention.requires_grad_(False)
+    attention.in_proj_weight.copy_(torch.cat(projections))
+    attention.out_proj.weight.copy_(torch.eye(D))
+    leaves = [*x, *projections]
+    for leaf in leaves:
+        leaf.requires_grad_(gradient)
+
+    def done(fused: Tensor, wanted: list[Tensor] = leaves) -> Any:
+        return torch.autograd.grad(fused.sum(), wanted) if gradient else fused
+
+    query, visual, tactile = x
+    w_q, w_k, w_v = projections
+
+    compiled = torch.compile(partial(ops.attention_fusion_reference, heads=heads), dynamic=False)
+    moved = sum(t.numel() for t in x) * 4 * (3 if gradient else 1)
+    return Case("attention_fusion", "with gradient" if gradient else "", (B, Nv, Nt, D), "float32",
+                moved, lambda: done(ops.attention_fusion(*leaves, heads=heads)[0]),
+                [Peer(MHA, lambda: done(
+                    peers.fusion_by_mha(query, visual, tactile, attention)[0], x)),
+                 Peer(SDPA, lambda: done(
+                     peers.fusion_by_sdpa(query, visual, tactile, w_q, w_k, w_v, heads))),
+                 Peer(ABSORBED, lambda: done(
+                     ops.attention_fusion_reference(*leaves, heads=heads)[0])),
+                 Peer(ABSORBED_COMPILE, lambda: done(compiled(*leaves)[0]), "c++")],
+                compare=lambda theirs, ours: (theirs[:3], ours[:3]) if gradient else (theirs, ours))
+
+# %% ../../nbs/kernels/09_bench.ipynb #d0282b1f
 class Planned(NamedTuple):
     "A case to be made on a device, and the ratios asked of it on a CPU."
     make: Callable[[str], Case]
@@ -318,6 +355,13 @@ CASES: dict[str, list[Planned]] = {
         for B, T in ((256, 512), (256, 4096))],
     "token_logps": [Planned(partial(token_logps_case, 1024, 32000, dtype), _LOGP_GOALS[dtype])
                     for dtype in _DTYPES],
+    "attention_fusion": [
+        Planned(partial(attention_fusion_case, 64, 64, 16, 256, 8, False), {MHA: 5, ABSORBED: 1.5}),
+        Planned(partial(attention_fusion_case, 64, 256, 64, 256, 8, False),
+                {MHA: 10, ABSORBED: 1.5}),
+        Planned(partial(attention_fusion_case, 64, 1024, 256, 256, 8, False),
+                {MHA: 20, ABSORBED: 1.5}),
+        Planned(partial(attention_fusion_case, 64, 256, 64, 256, 8, True), {MHA: 7})],
     "sample_tokens": [Planned(partial(sample_tokens_case, 128, 49152, dtype),
                               {MULTINOMIAL: 3, READ: 1 / 3}) for dtype in _DTYPES],
 }
@@ -683,6 +727,7 @@ def _small(
     new, old, ref = 0.3 * torch.randn(3, 4, 100, generator=_random()) - 2
     logits, ids = _logits(8, 500, torch.float32, "cpu")
     scores = 1 + 9 * torch.rand(4, 6, 6, 2, generator=_random())
+    tokens, square = (torch.randn(n, m, 16, generator=_random()) for n, m in ((4, 9), (3, 16)))
     samples: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "gae": ([rewards, values, flags], {}),
         "supported_gae": ([rewards, values, ~flags, -2.0], {}),
@@ -692,6 +737,7 @@ def _small(
         "token_logps": ([logits, ids], {}),
         "sample_tokens": ([logits, torch.rand(8, generator=_random()).double()], {}),
         "clipped_policy_loss": ([new, old, rewards[:, 0]], {"beta": 0.1, "ref_logps": ref}),
+        "attention_fusion": ([tokens[:, 0], tokens[:, 1:6], tokens[:, 6:], *square], {"heads": 2}),
     }
     args, kwargs = samples[op]
     return ([_cast(x, dtype) for x in args], {k: _cast(x, dtype) for k, x in kwargs.items()})

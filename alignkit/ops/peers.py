@@ -6,7 +6,8 @@
 __all__ = ['gae_loop', 'masked_gae_loop', 'truncated_gae_loop', 'supported_gae_loop', 'gae_scan', 'gae_numba', 'gae_torchrl',
            'grouped_as_in_trl', 'leave_one_out_as_in_trl', 'grouped_by_dictionary', 'grouped_by_index',
            'grouped_by_uid', 'grouped_by_segments', 'masked_fill_comparison', 'log_softmax_gather', 'gather_minus_lse',
-           'selected_by_trl', 'multinomial_gather', 'exponential_race', 'surrogate_as_in_trl']
+           'selected_by_trl', 'multinomial_gather', 'exponential_race', 'surrogate_as_in_trl', 'fusion_by_mha',
+           'fusion_by_sdpa']
 
 # %% ../../nbs/kernels/08_peers.ipynb #acd51f0f
 import functools
@@ -304,3 +305,31 @@ def surrogate_as_in_trl(
     clipped = torch.clamp(ratio, 0.8, 1.2)
     loss = -torch.min(ratio * advantages[:, None], clipped * advantages[:, None])
     return ((loss + 0.1 * kl) * mask).sum() / mask.sum().clamp(min=1.0)
+
+# %% ../../nbs/kernels/08_peers.ipynb #f50ecad0
+def fusion_by_mha(
+    query: Tensor, # (B, D)
+    visual: Tensor, # (B, Nv, D)
+    tactile: Tensor, # (B, Nt, D)
+    attention: torch.nn.MultiheadAttention, # batch_first, without biases
+) -> tuple[Tensor, Tensor]: # (B, D), (B, heads, 2)
+    "torch's module, asked for the weights of each head."
+    tokens = torch.cat([visual, tactile], 1)
+    fused, weights = attention(query[:, None], tokens, tokens, average_attn_weights=False)
+    parts = weights[:, :, 0].split([visual.shape[1], tactile.shape[1]], -1)
+    return fused[:, 0], torch.stack([part.sum(-1) for part in parts], -1)
+
+def fusion_by_sdpa(
+    query: Tensor, # (B, D)
+    visual: Tensor, # (B, Nv, D)
+    tactile: Tensor, # (B, Nt, D)
+    w_q: Tensor, # (D, D) as in nn.Linear
+    w_k: Tensor, # (D, D)
+    w_v: Tensor, # (D, D)
+    heads: int,
+) -> Tensor: # (B, D)
+    "Linear layers, then torch's fused attention, which does not say where it looked."
+    tokens = torch.cat([visual, tactile], 1)
+    q, k, v = (torch.nn.functional.linear(x, w).unflatten(-1, (heads, -1)).transpose(1, 2)
+               for x, w in ((query[:, None], w_q), (tokens, w_k), (tokens, w_v)))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
