@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_WIDTH', 'compute_dtype', 'can_pack', 'can_read', 'PackedLinear', 'LlamaReader']
 
-# %% ../../nbs/library/07b_generate_llama.ipynb #87f0ce1e
+# %% ../../nbs/library/07b_generate_llama.ipynb #86319e58
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..runs import require
 
-# %% ../../nbs/library/07b_generate_llama.ipynb #5a904aaf
+# %% ../../nbs/library/07b_generate_llama.ipynb #2bfc3503
 def compute_dtype(model) -> torch.dtype:
     "The precision of a model's products: autocast's where it is on, else the weights'."
     if torch.is_autocast_enabled(model.device.type):
@@ -25,12 +25,15 @@ def compute_dtype(model) -> torch.dtype:
 MIN_WIDTH = 256  # of what a packed layer reads
 
 
-def can_pack(linear: nn.Module, dtype: torch.dtype) -> bool:
+def can_pack(
+    linear,  # a module
+    dtype: torch.dtype,  # of products
+) -> bool:
     "Whether oneDNN multiplies faster by this layer's weights once they are packed."
     on = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     known = dtype == torch.float32 or (
         dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return (on and known and _is_plain(linear, nn.Linear)
+    return bool(on and known and _is_plain(linear, nn.Linear)
             and linear.in_features >= MIN_WIDTH and linear.weight.device.type == "cpu")
 
 
@@ -58,7 +61,7 @@ def can_read(
                name == "act_fn" or _is_plain(part, kinds.get(name, type(None)))
                for name, part in parts)
 
-# %% ../../nbs/library/07b_generate_llama.ipynb #b13b7b59
+# %% ../../nbs/library/07b_generate_llama.ipynb #f43b650b
 class PackedLinear:
     "Linear layers side by side: one product, by a copy of their weights packed here."
 
@@ -78,7 +81,7 @@ class PackedLinear:
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias,
                                                          how)
 
-# %% ../../nbs/library/07b_generate_llama.ipynb #a1a3cc4f
+# %% ../../nbs/library/07b_generate_llama.ipynb #1e7a0c90
 def _normed(x: Tensor, norm) -> Tensor:  # in the precision of the weights
     weight = norm.weight
     wide = F.rms_norm(x.to(weight.dtype), weight.shape, weight, norm.variance_epsilon)
@@ -138,7 +141,7 @@ class _Layer:
         scores = torch.baddbmm(mask, queries, keys, alpha=self.scale)
         return torch.bmm(scores.softmax(-1), values).view(-1, self.heads * self.D)
 
-# %% ../../nbs/library/07b_generate_llama.ipynb #0a3bb8ce
+# %% ../../nbs/library/07b_generate_llama.ipynb #e583971a
 class LlamaReader:
     "Reads a growing batch through the layers of a Llama, without gradients."
 
