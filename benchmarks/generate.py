@@ -6,13 +6,16 @@ Both continue the same 64 prompts by exactly 32 tokens at the same dtype and num
 process. `--group-size G` repeats each of 64 / G prompts G times, as GRPO does and the experiment on this model with 4;
 ours reads equal prompts once. Before anything is timed, the log-probabilities that ours kept are held against a full
 forward pass. Without `--model` the weights are random and the sizes are those of SmolLM2-135M, which costs the same.
-Both clocks are recorded: on a busy machine, that of the processor's time in this process is the one to read.
+The products alone, with packed weights, are timed beside the two: nothing that computes this model is faster. Both
+clocks are recorded: on a busy machine, the time that the processor gave this process is the one to
+read.
 """
 
 import argparse
 import json
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -21,6 +24,7 @@ import torch
 import transformers
 
 from alignkit import runs
+from alignkit.generate.llama import PackedLinear
 from alignkit.generate.local import sample
 from alignkit.models.language import LanguagePolicy
 from alignkit.training import generator
@@ -41,6 +45,22 @@ def load(model, dtype):
 
 def ours(lm, prompts, seed):
     return sample(lm, prompts, max_new_tokens=NEW, generator=generator(seed, "bench"))
+
+
+def products(lm, different):
+    "A function that does the products of one call of `ours`, and nothing else."
+    layers = [(PackedLinear(part, dtype=lm.dtype), part.in_features) for part in lm.base_model.modules()
+              if isinstance(part, torch.nn.Linear)]
+    head, width = PackedLinear(lm.lm_head, dtype=lm.dtype), lm.lm_head.in_features
+
+    @torch.no_grad()
+    def run():
+        for rows, read in [(different, different * PROMPT)] + [(BATCH, BATCH)] * (NEW - 1):
+            for layer, features in layers:
+                layer(torch.ones(read, features, dtype=lm.dtype))
+            head(torch.ones(rows, width, dtype=lm.dtype))
+
+    return run
 
 
 @torch.no_grad()
@@ -69,10 +89,10 @@ def seconds(function):
 
 
 def summary(times, clock):
-    "Tokens per second by each, and their ratio, round by round."
-    ours, theirs = ([BATCH * NEW / t[clock] for t in times[name]] for name in ("ours", "transformers"))
-    ratio = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return {"tokens_per_second": {"ours": ours, "transformers": theirs}, "ratio": ratio}
+    "Tokens per second by each, and the ratio of the first two, round by round."
+    rates = {name: [BATCH * NEW / t[clock] for t in each] for name, each in times.items()}
+    ratio = [a / b for a, b in zip(rates["ours"], rates["transformers"], strict=True)]
+    return {"tokens_per_second": rates, "ratio": ratio}
 
 
 def main():
@@ -90,13 +110,15 @@ def main():
     prompts = prompts.repeat_interleave(args.group_size, 0)
     error = largest_error(lm, prompts)
     assert args.dtype != "float32" or error < 1e-4, error
-    times = {"ours": [], "transformers": []}
+    runners = {"ours": lambda round_: ours(lm, prompts, round_), "transformers": lambda _: theirs(lm, prompts)}
+    alone = products(lm, BATCH // args.group_size)
+    runners["products"] = lambda _: alone()
+    times = {name: [] for name in runners}
     for round_ in range(args.rounds + 1):
-        one = seconds(lambda: ours(lm, prompts, round_))  # noqa: B023
-        other = seconds(lambda: theirs(lm, prompts))
-        if round_:  # the first warms up
-            times["ours"].append(one)
-            times["transformers"].append(other)
+        for name, runner in runners.items():
+            taken = seconds(partial(runner, round_))
+            if round_:  # the first warms up
+                times[name].append(taken)
     result = {"date": datetime.now(UTC).date().isoformat(), "machine": runs.machine(),
               "versions": runs.versions(), "commit": runs.code_commit(),
               "model": args.model and Path(args.model).name, "dtype": args.dtype,
