@@ -239,6 +239,15 @@ def test_a_policy_that_learns_in_float32_above_a_bfloat16_trunk(lean_miniatures)
     assert samples.tokens.trunk.dtype == torch.bfloat16
 
 
+@lean
+def test_mixed_weights_are_not_converted_unasked(lean_miniatures):
+    lm = grouped_llama(torch.bfloat16)
+    lm.base_model.layers.float()
+    assert not llama.can_read(lm.base_model, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert llama.can_read(lm.base_model, torch.bfloat16)
+
+
 def hooked(lm):
     lm.base_model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 2)
 

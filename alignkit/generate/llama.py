@@ -33,8 +33,11 @@ def can_pack(
     on = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     known = dtype == torch.float32 or (
         dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return bool(on and known and _is_plain(linear, nn.Linear)
-            and linear.in_features >= MIN_WIDTH and linear.weight.device.type == "cpu")
+    if not (on and known and _is_plain(linear, nn.Linear)):
+        return False
+    converted = linear.weight.dtype == dtype or torch.is_autocast_enabled("cpu")
+    return (converted and linear.in_features >= MIN_WIDTH
+            and linear.weight.device.type == "cpu")
 
 
 def _is_plain(module: nn.Module, kind: type) -> bool:  # no subclass, nothing attached
