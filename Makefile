@@ -7,10 +7,10 @@
 # Plain pip does the same: python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[all]'
 
 PAPER ?= bspo
-SCALE ?= mini
-SEEDS ?= 10
-FIRST_SEED ?= 100
-JOBS ?= 2
+SCALE ?=
+SEEDS ?=
+FIRST_SEED ?=
+JOBS ?=
 ONLY ?=
 OUT ?=
 FRESH ?=
@@ -30,8 +30,9 @@ SETUP := setup.py pyproject.toml settings.ini constraints.txt $(NATIVE)
 export OMP_NUM_THREADS ?= 1
 
 run: .venv/.ready
-	@$(BIN)/alignkit run $(PAPER) --scale $(SCALE) --seeds $(SEEDS) --first-seed $(FIRST_SEED) \
-	  --jobs $(JOBS) $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(if $(FRESH),--fresh)
+	@$(BIN)/alignkit run $(PAPER) $(if $(SCALE),--scale $(SCALE)) $(if $(SEEDS),--seeds $(SEEDS)) \
+	  $(if $(FIRST_SEED),--first-seed $(FIRST_SEED)) $(if $(JOBS),--jobs $(JOBS)) \
+	  $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(if $(FRESH),--fresh)
 
 # step,name,command: say what runs, and how long it took.
 step = @echo "== $(1)" && $(2) && echo "== $(1): $$SECONDS s"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CommandError', 'describe', 'list_papers', 'load_paper', 'missing_module', 'extras', 'configure', 'choose',
-           'check_folder', 'execute', 'own_config', 'run_own', 'run_paper', 'write_page', 'installed',
-           'diagnose_backends', 'diagnose', 'doctor', 'bench', 'at_least', 'a_change', 'add_run', 'make_parser',
-           'resume_line', 'main']
+           'check_folder', 'execute', 'is_own', 'refuse_unread', 'changes_of', 'own_config', 'run_own', 'run_paper',
+           'write_page', 'installed', 'diagnose_backends', 'diagnose', 'doctor', 'bench', 'at_least', 'a_change',
+           'add_run', 'make_parser', 'resume_line', 'main']
 
 # %% ../nbs/library/13_cli.ipynb #7decfa0d
 import argparse
@@ -159,8 +159,43 @@ def execute(
         return [record for record in done if record.key in wanted], str(failure)
 
 # %% ../nbs/library/13_cli.ipynb #3025f19b
+def is_own(args: argparse.Namespace) -> bool:
+    "Whether this run decides no claims: other models and data, or the paper's own."
+    given = args.model, args.data, args.scorer, args.set, args.report_to
+    return args.scale == "paper" or any(given)
+
+
+def refuse_unread(args: argparse.Namespace) -> None:
+    "`CommandError` (2) for an argument that a run on its own model and data would not read."
+    if args.only:
+        raise CommandError(f"--only: such a run decides no claims, got {' '.join(args.only)}", 2)
+    if args.seeds not in (None, 1):
+        raise CommandError("--seeds: such a run has one, which --first-seed names; expected 1, "
+                           f"got {args.seeds}", 2)
+    if args.jobs not in (None, 1):
+        raise CommandError("--jobs: such a run is one process, or those that `accelerate launch` "
+                           f"starts; expected 1, got {args.jobs}", 2)
+    if args.scale not in (None, "paper"):
+        raise CommandError("--scale: expected paper, or none beside --model and --data, "
+                           f"got {args.scale}", 2)
+
+
+def changes_of(args: argparse.Namespace) -> dict[str, str]: # {field: value as text}
+    "What `--set` and `--device` change. `CommandError` (2) for a field named twice."
+    changes: dict[str, str] = {}
+    device = [] if args.device == "auto" else [f"device={args.device}"]
+    for name, value in (change.split("=", 1) for change in [*args.set, *device]):
+        if name in changes:
+            raise CommandError(f"--set: expected one value for {name}, "
+                               f"got {changes[name]} and {value}", 2)
+        changes[name] = value
+    return changes
+
+
 def own_config(args: argparse.Namespace) -> tuple[ModuleType, Any]: # module, its OwnConfig
     "The configuration of a run without known gold. `CommandError` (2) if it is wrong."
+    refuse_unread(args)
+    changes = changes_of(args)
     at_paper = args.scale == "paper" # which names a model and data itself
     missing = [f"--{name}" for name in ("model", "data") if not getattr(args, name)]
     if missing and not at_paper:
@@ -174,9 +209,6 @@ def own_config(args: argparse.Namespace) -> tuple[ModuleType, Any]: # module, it
         raise CommandError(f"{args.paper}: {lacks}", 2) from None
     sys.path.insert(0, os.getcwd()) # where --scorer module:name is looked for
     try:
-        changes = dict(change.split("=", 1) for change in args.set)
-        if args.device != "auto":
-            changes["device"] = args.device
         base = own.OwnConfig.paper() if at_paper else None
         return own, own.own_config(args.model or "", args.data or "", args.scorer, base,
                                    **changes)
@@ -208,24 +240,24 @@ def run_own(args: argparse.Namespace) -> int:
 # %% ../nbs/library/13_cli.ipynb #e05400a2
 def run_paper(args: argparse.Namespace) -> int:
     "`alignkit run`"
-    if args.scale == "paper" or any((args.model, args.data, args.scorer, args.set,
-                                     args.report_to)):
+    if is_own(args):
         return run_own(args)
-    out = Path(args.out or f"runs/{args.paper}/{args.scale}")
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    print(f"alignkit {__version__}: {args.paper} at {args.scale} scale, "
+    scale = args.scale or "mini"
+    out = Path(args.out or f"runs/{args.paper}/{scale}")
+    seeds = range(args.first_seed, args.first_seed + (args.seeds or 10))
+    print(f"alignkit {__version__}: {args.paper} at {scale} scale, "
           f"seeds {report.span(seeds)}, in {out}", flush=True)
     paper, started = load_paper(args.paper), time.monotonic()
-    chosen = choose(paper.claims(), args.scale, args.only)
-    check_folder(out / f"{args.paper}.json", chosen, args.scale)
-    jobs = paper.jobs(configure(paper, args.scale, args.device), seeds)
+    chosen = choose(paper.claims(), scale, args.only)
+    check_folder(out / f"{args.paper}.json", chosen, scale)
+    jobs = paper.jobs(configure(paper, scale, args.device), seeds)
     if args.only:
         jobs = runs.select(jobs, {arm for claim in chosen for arm in claim.arms})
-    records, failure = execute(jobs, out, args.jobs, args.fresh)
+    records, failure = execute(jobs, out, args.jobs or 2, args.fresh)
     results = claims.write_results(
         out / f"{args.paper}.json", paper=args.paper, arxiv=report.PAPERS[args.paper].arxiv,
-        scale=args.scale, seeds=seeds, seconds=time.monotonic() - started,
-        claims=claims.evaluate(chosen, records, args.scale),
+        scale=scale, seeds=seeds, seconds=time.monotonic() - started,
+        claims=claims.evaluate(chosen, records, scale),
         provenance={"commit": runs.code_commit(), "machine": runs.machine(),
                     "versions": runs.versions()})
     print(report.claims_table(results, report.committed_results(args.paper)))
@@ -355,23 +387,26 @@ def add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="run a paper's claims, resuming what is unfinished")
     run.add_argument("paper", choices=report.PAPERS, metavar="PAPER",
                      help=f"one of {', '.join(report.PAPERS)}")
-    run.add_argument("--scale", choices=claims.SCALES, default="mini")
-    run.add_argument("--seeds", type=at_least(1), default=10, metavar="N", help="how many")
-    run.add_argument("--first-seed", type=at_least(0), default=100, metavar="K")
-    run.add_argument("--only", nargs="+", default=(), metavar="KEY",
+    run.add_argument("--scale", choices=claims.SCALES, help="default: mini")
+    run.add_argument("--seeds", type=at_least(1), metavar="N", help="how many; default: 10")
+    run.add_argument("--first-seed", type=at_least(0), default=100, metavar="K",
+                     help="default: 100")
+    run.add_argument("--only", nargs="+", action="extend", default=[], metavar="KEY",
                      help="these claims, and the arms they need; 9b.3 means 9b.3-* too")
     run.add_argument("--out", metavar="DIR", help="default: runs/PAPER/SCALE")
-    run.add_argument("--jobs", type=at_least(1), default=2, metavar="P", help="processes")
+    run.add_argument("--jobs", type=at_least(1), metavar="P", help="processes; default: 2")
     run.add_argument("--fresh", action="store_true", help="repeat jobs that are done")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                      help="auto: the CPU at smoke and mini")
-    own = run.add_argument_group("your own model and data", "decides no claims, leaves a policy")
+    own = run.add_argument_group("your own model and data",
+                                 "decides no claims, leaves a policy; one seed, --first-seed")
     own.add_argument("--model", metavar="M", help="a folder, or a name on the Hub")
     own.add_argument("--data", metavar="F", help="JSON lines or a Hub data set: prompt, chosen, "
                      "rejected; or prompt alone, with --scorer")
     own.add_argument("--scorer", default="", metavar="MODULE:NAME",
                      help="a reward function with TRL's signature")
-    own.add_argument("--set", nargs="+", default=(), metavar="NAME=VALUE", type=a_change,
+    own.add_argument("--set", nargs="+", action="extend", default=[], type=a_change,
+                     metavar="NAME=VALUE",
                      help="other fields of the run's configuration")
     own.add_argument("--report-to", choices=TRACKERS, help="a tracker of the run's figures")
     run.set_defaults(command=run_paper)

@@ -1,13 +1,18 @@
 """The local sampler against transformers' own, and its distribution against the model's."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 
 from alignkit import ops
+from alignkit.generate import llama
 from alignkit.generate.local import sample
-from alignkit.models.language import tiny_causal_lm
+from alignkit.models.language import LanguagePolicy, tiny_causal_lm
 from alignkit.models.split import split, with_trunk
+from alignkit.rl.language import sample_policy
 from alignkit.training import generator
 from alignkit.worlds.grammar import grammar_tokenizer
 
@@ -141,6 +146,136 @@ def test_cache_sharing_dropping_and_a_trunk_change_nothing(kind, cut, eos):
         real = ours.tokens.attention_mask
         states = with_trunk(trunk, ours.tokens).trunk
         torch.testing.assert_close(ours.tokens.trunk[real], states[real], atol=1e-5, rtol=0)
+
+
+# ---- Llama, read the lean way ---------------------------------------------------------
+
+
+lean = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="products cannot be packed here")
+
+
+@pytest.fixture
+def lean_miniatures(monkeypatch):
+    "Miniatures are read the lean way too, which they are not otherwise."
+    monkeypatch.setattr(llama, "MIN_WIDTH", 1)
+
+
+def grouped_llama(dtype=torch.float32, width=96, **changes):
+    "Query heads that share keys, and what else a configuration may change."
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{
+        "vocab_size": 17, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 4,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1,
+        "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None, **changes})
+    lm = transformers.LlamaForCausalLM(config).eval().to(dtype)
+    for name, weight in lm.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(weight, mean=1.0, std=0.3)
+    return lm
+
+
+LINEAR_ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+
+
+@lean
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("kind", ["different", "equal", "padded"])
+@pytest.mark.parametrize("changes", [
+    {}, {"attention_bias": True, "mlp_bias": True, "rope_parameters": LINEAR_ROPE},
+    {"num_key_value_heads": 6, "tie_word_embeddings": True}])
+def test_the_lean_way_is_the_same_model(lean_miniatures, changes, kind, cut):
+    lm = grouped_llama(**changes)
+    trunk, upper = split(lm, 2) if cut else (None, lm)
+    assert all(llama.can_read(part.base_model, torch.float32) for part in (trunk or lm, upper))
+    ids, mask = prompts_of(kind)
+    ours = sample(upper, ids, mask, max_new_tokens=12, generator=generator(3, "p"),
+                  temperature=0.8, eos_token_id=7, pad_token_id=16, trunk=trunk)
+    expected, logps = plainly(lm, ids, mask, 12, 3, 7)
+    T = ours.logps.shape[1]
+    assert torch.equal(ours.tokens.input_ids, expected[:, : ids.shape[1] + T])
+    torch.testing.assert_close(ours.logps, logps[:, :T], atol=1e-5, rtol=0)
+    if cut:
+        real = ours.tokens.attention_mask
+        states = with_trunk(trunk, ours.tokens).trunk
+        torch.testing.assert_close(ours.tokens.trunk[real], states[real], atol=1e-5, rtol=1e-5)
+
+
+def errors(lm, samples):
+    "Of kept log-probabilities, and of a full forward pass, against the model in float64."
+    exact = completion_logps_of(copy.deepcopy(lm).double(), samples.tokens)
+    full = completion_logps_of(lm, samples.tokens)
+    return (samples.logps - exact).abs(), (full - exact).abs()
+
+
+def completion_logps_of(lm, tokens):
+    with torch.no_grad():
+        logits = lm(input_ids=tokens.input_ids).logits[:, tokens.prompt_length - 1 : -1]
+    logps = logits.to(torch.float64).log_softmax(-1)
+    return logps.gather(2, tokens.completion_ids[..., None])[..., 0]
+
+
+@lean
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lean_way_rounds_no_worse_than_the_models_own(dtype):
+    lm = grouped_llama(dtype, width=256, num_attention_heads=16, num_key_value_heads=4)
+    assert llama.can_read(lm.base_model, dtype)
+    samples = sample(lm, torch.arange(16).repeat(4)[:, None], max_new_tokens=24,
+                     generator=generator(0, "b"))
+    ours, full = errors(lm, samples)
+    assert 0 < ours.mean() < 2 * full.mean()
+    assert ours.max() < 2 * full.max()
+
+
+@lean
+def test_a_policy_that_learns_in_float32_above_a_bfloat16_trunk(lean_miniatures):
+    trunk, upper = split(grouped_llama(torch.bfloat16), 2)
+    upper.base_model.layers.float()
+    policy = LanguagePolicy(upper, 0.8, trunk=trunk, compute_dtype=torch.bfloat16)
+    samples = sample_policy(policy, torch.arange(16)[:, None], max_new_tokens=12,
+                            generator=generator(0, "a"))
+    with torch.no_grad():
+        again = policy.evaluate(SimpleNamespace(inputs=samples.tokens))
+    assert (samples.logps - again.logps).abs().mean() < 0.02
+    assert samples.tokens.trunk.dtype == torch.bfloat16
+
+
+@lean
+def test_mixed_weights_are_not_converted_unasked(lean_miniatures):
+    lm = grouped_llama(torch.bfloat16)
+    lm.base_model.layers.float()
+    assert not llama.can_read(lm.base_model, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert llama.can_read(lm.base_model, torch.bfloat16)
+
+
+def hooked(lm):
+    lm.base_model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def adapted(lm):
+    class Adapter(torch.nn.Linear):
+        def forward(self, x): return 2 * super().forward(x)
+    lm.base_model.layers[0].self_attn.q_proj.__class__ = Adapter
+
+
+def replaced(lm):
+    lm.base_model.layers[0].mlp.forward = lambda x: x
+
+
+@lean
+@pytest.mark.parametrize("change", [hooked, adapted, replaced])
+def test_a_model_that_was_changed_is_read_as_it_is(lean_miniatures, change):
+    lm = grouped_llama()
+    change(lm)
+    assert not llama.can_read(lm.base_model, torch.float32)
+    samples = sample(lm, torch.tensor([[3, 4], [5, 6]]), max_new_tokens=6, generator=generator(0, "c"))
+    expected = completion_logps_of(lm, samples.tokens).float()
+    torch.testing.assert_close(samples.logps, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_precision_that_cannot_be_packed_is_read_by_the_model(lean_miniatures, dtype):
+    assert not llama.can_read(grouped_llama(dtype).base_model, dtype)
 
 
 def test_a_sliding_window_model_is_sampled_right():

@@ -187,6 +187,30 @@ def test_what_is_wrong_is_said_without_a_traceback(
     assert message in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("more, message", [
+    (("--only", "9b.3"), "--only: such a run decides no claims, got 9b.3"),
+    (("--seeds", "10"), "--seeds: such a run has one, which --first-seed names; expected 1, got 10"),
+    (("--jobs", "2"), "--jobs: such a run is one process"),
+    (("--scale", "mini"), "--scale: expected paper, or none beside --model and --data, got mini"),
+    (("--set", "lr=1", "--set", "lr=2"), "--set: expected one value for lr, got 1 and 2"),
+    (("--set", "device=cpu", "--device", "cuda"), "--set: expected one value for device")])
+def test_what_an_own_run_would_not_read_is_refused(mine, tmp_path, capsys, more, message):
+    assert cli.main(command(mine, tmp_path, "pairs.jsonl", *more)) == 2
+    assert message in capsys.readouterr().err
+    if "--scale" not in more:
+        assert cli.main(["run", "bspo", "--scale", "paper", *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_seed_and_one_process_are_what_an_own_run_has(mine, tmp_path):
+    changes = dict(change.split("=") for change in SIZES)
+    config = bspo_own.own_config(str(mine / "model"), str(mine / "pairs.jsonl"), **changes)
+    args = cli.make_parser().parse_args(
+        command(mine, tmp_path, "pairs.jsonl", "--seeds", "1", "--jobs", "1", "--first-seed", "7"))
+    assert cli.own_config(args)[1] == config and args.first_seed == 7
+
+
 def test_a_model_without_data_is_a_question_of_arguments(capsys):
     assert cli.main(["run", "bspo", "--model", "somewhere"]) == 2
     assert "--data: required" in capsys.readouterr().err

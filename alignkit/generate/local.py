@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from alignkit.generate.llama import (
+    LlamaReader,
+    PackedLinear,
+    can_pack,
+    can_read,
+    compute_dtype,
+)
 from ..models.language import Tokens
 from ..runs import require
 
@@ -51,39 +58,62 @@ def _roomy_cache(config, length: int):  # a transformers cache for that many tok
     return cache
 
 # %% ../../nbs/library/07_generate_local.ipynb #b1a19fe6
+class _Reader:
+    "Reads a growing batch by the model's own forward pass."
+
+    def __init__(self, body, room: int):
+        self.body, self.cache = body, _roomy_cache(body.config, room)
+
+    def __call__(self, read: Tensor, attention_mask: Tensor | None) -> Tensor:  # (B, n, D)
+        name = "input_ids" if read.ndim == 2 else "inputs_embeds"
+        options: dict[str, Any] = {}
+        if attention_mask is not None:
+            mask = attention_mask.long()
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -read.shape[1] :]
+            options = {"attention_mask": mask, "position_ids": positions}
+        return self.body(**{name: read}, past_key_values=self.cache, use_cache=True,
+                         **options).last_hidden_state
+
+    def select(self, rows: Tensor):
+        self.cache.batch_select_indices(rows)
+
+
+def _reader(body, room: int) -> _Reader | LlamaReader:
+    dtype = compute_dtype(body)
+    return LlamaReader(body, dtype, room) if can_read(body, dtype) else _Reader(body, room)
+
+
+def _head(lm) -> Callable[[Tensor], Tensor]:  # (B, D) -> (B, V)
+    linear, dtype = lm.get_output_embeddings(), compute_dtype(lm)
+    return PackedLinear(linear, dtype=dtype) if can_pack(linear, dtype) else linear
+
+
 class _Decoder:
     "Reads a growing batch through the trunk, if there is one, and the model's layers."
 
     def __init__(self, lm, trunk, attention_mask: Tensor, room: int):
-        self.lm, self.trunk, self.mask = lm, trunk, attention_mask.long()
-        self.padded = not bool(attention_mask.all())
-        self.bodies = [lm.base_model] if trunk is None else [trunk, lm.base_model]
-        self.caches = [_roomy_cache(body.config, room) for body in self.bodies]
-
-    def _run(self, i: int, **read: Tensor) -> Tensor:  # (B, n, D)
-        n = next(iter(read.values())).shape[1]
-        options: dict[str, Any] = {}
-        if self.padded:
-            positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -n:]
-            options = {"attention_mask": self.mask, "position_ids": positions}
-        return self.bodies[i](past_key_values=self.caches[i], use_cache=True, **read,
-                              **options).last_hidden_state
+        self.mask, self.padded = attention_mask, not bool(attention_mask.all())
+        self.trunk = None if trunk is None else _reader(trunk, room)
+        self.upper, self.head = _reader(lm.base_model, room), _head(lm)
 
     def read(self, new_ids: Tensor) -> Tensor:  # (B, n) -> (B, n, D), or the ids
         "The trunk's states of unseen tokens; without a trunk, the tokens themselves."
-        return new_ids if self.trunk is None else self._run(0, input_ids=new_ids)
+        return new_ids if self.trunk is None else self.trunk(new_ids, self._seen())
 
     def logits(self, read: Tensor) -> Tensor:  # what `read` gave -> (B, V)
         "Next-token logits; the next token is expected to be real."
-        name = "input_ids" if self.trunk is None else "inputs_embeds"
-        hidden = self._run(len(self.bodies) - 1, **{name: read})[:, -1]
+        hidden = self.upper(read, self._seen())[:, -1]
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        return self.lm.get_output_embeddings()(hidden)
+        return self.head(hidden)
+
+    def _seen(self) -> Tensor | None:  # (B, L) bool, where there is padding
+        return self.mask if self.padded else None
 
     def select(self, rows: Tensor):  # row numbers, repeated or left out
         self.mask = self.mask[rows]
-        for cache in self.caches:
-            cache.batch_select_indices(rows)
+        for reader in (self.trunk, self.upper):
+            if reader is not None:
+                reader.select(rows)
 
 # %% ../../nbs/library/07_generate_local.ipynb #5529e9e5
 @dataclass
