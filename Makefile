@@ -23,7 +23,7 @@ SHELL := bash
 .PHONY: run test check lint notebooks small lab soak sanitize
 
 BIN := .venv/bin
-NATIVE := $(wildcard csrc/cpu/* csrc/cuda/*)
+NATIVE := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 NOTEBOOKS := $(wildcard nbs/*.ipynb nbs/*/*.ipynb)
 SETUP := setup.py pyproject.toml settings.ini constraints.txt $(NATIVE)
 # A job's own threads would fight its neighbours for the cores (and move float sums).

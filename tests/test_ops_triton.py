@@ -51,10 +51,10 @@ for arch in (80, 90):
     for kl, all_given in ((0, True), (1, True), (2, True), (2, False)):
         build(policy_loss._policy_loss_fwd, steps, dict(KL=kl, PER_ROW=all_given, BLOCK_T=1024)
               | {f"HAS_{x}": all_given for x in ("MASK", "REF", "WEIGHTS", "GRAD")}, arch)
-    for dtype, masks, columns in ((F32, False, 256), (BF16, True, 64)):
+    for dtype, masks in ((F32, False), (BF16, True)):
         tokens = dict(queries=F32, visual=dtype, tactile=dtype, visual_mask=I8, tactile_mask=I8,
                       log_sum=F32, H=INT, D=INT, NV=INT, NT=INT)
-        given = dict(HAS_VISUAL_MASK=masks, HAS_TACTILE_MASK=masks) | fusion.blocks(8, columns)
+        given = dict(HAS_VISUAL_MASK=masks, HAS_TACTILE_MASK=masks) | fusion.blocks(8, 32)
         build(fusion._attention_fusion_fwd, tokens | dict(context=F32, weights=F32), given, arch,
               fusion.LAUNCH)
         build(fusion._attention_fusion_bwd, tokens | dict(grad_context=F32, grad_weights=F32,
