@@ -60,8 +60,9 @@ void products_of_block(const float* queries, const float* const* tokens, std::in
     for (int t = 0; t < kBlock; ++t) products[q * kTile + t] = total(sums[q][t]);
 }
 
-void products(const float* queries, std::int64_t H, const float* const* tokens,
-              std::int64_t width, float* out) {
+// These two are compiled for themselves, because each is called in several places.
+ALIGNKIT_WIDE void products(const float* queries, std::int64_t H, const float* const* tokens,
+                            std::int64_t width, float* out) {
   std::int64_t q = 0;
   for (; q + kBlock <= H; q += kBlock)
     for (int t = 0; t < kTile; t += kBlock)
@@ -98,8 +99,9 @@ void add_block(float* out, const float* factors, std::int64_t step_i, std::int64
   }
 }
 
-void add(float* out, std::int64_t rows_out, const float* factors, std::int64_t step_i,
-         std::int64_t step_k, const float* const* rows, std::int64_t K, std::int64_t width) {
+ALIGNKIT_WIDE void add(float* out, std::int64_t rows_out, const float* factors,
+                       std::int64_t step_i, std::int64_t step_k, const float* const* rows,
+                       std::int64_t K, std::int64_t width) {
   std::int64_t i = 0;
   for (; i + kBlock <= rows_out; i += kBlock)
     add_block<kBlock>(out + i * width, factors + i * step_i, step_i, step_k, rows, K, width);
@@ -154,20 +156,25 @@ void pad_rows(const float* rows, std::int64_t count, std::int64_t D, std::int64_
   }
 }
 
-// The next tokens that count, from n on; returns where to go on.
 template <class T>
+void copy_token(const T* token, std::int64_t D, std::int64_t width, float* copy) {
+  for (std::int64_t d = 0; d < D; ++d) copy[d] = widen(token[d]);
+  std::fill(copy + D, copy + width, 0.0f);
+}
+
+// The next tokens that count, from n on; returns where to go on.
 std::int64_t fill(const FusionTokens& x, std::int64_t b, std::int64_t n, Scratch& s, Tile& tile) {
   const std::int64_t N = x.Nv + x.Nt;
   for (tile.size = 0; n < N && tile.size < kTile; ++n) {
     if (!counts(x, b, n)) continue;
-    const T* token = token_of<const T>(x, x.visual, x.tactile, b, n);
-    if (sizeof(T) == sizeof(float) && s.width == x.D) {
-      tile.tokens[tile.size] = reinterpret_cast<const float*>(token);
-    } else {
-      float* copy = s.copies.data() + tile.size * s.width;
-      for (std::int64_t d = 0; d < x.D; ++d) copy[d] = widen(token[d]);
-      std::fill(copy + x.D, copy + s.width, 0.0f);
+    float* copy = s.copies.data() + tile.size * s.width;
+    if (x.bfloat16) {
+      copy_token(token_of<const bfloat16>(x, x.visual, x.tactile, b, n), x.D, s.width, copy);
       tile.tokens[tile.size] = copy;
+    } else {
+      const float* token = token_of<const float>(x, x.visual, x.tactile, b, n);
+      if (s.width != x.D) copy_token(token, x.D, s.width, copy);
+      tile.tokens[tile.size] = s.width == x.D ? token : copy;
     }
     tile.index[tile.size++] = n;
   }
@@ -197,7 +204,6 @@ void attend(const FusionTokens& x, const Tile& tile, Scratch& s) {
   }
 }
 
-template <class T>
 void forward_row(const FusionTokens& x, const FusionResults& out, std::int64_t b, Scratch& s) {
   pad_rows(x.queries + b * x.H * x.D, x.H, x.D, s.width, s.queries.data());
   std::fill(s.context.begin(), s.context.end(), 0.0f);
@@ -205,7 +211,7 @@ void forward_row(const FusionTokens& x, const FusionResults& out, std::int64_t b
   std::fill(s.mass.begin(), s.mass.end(), 0.0);
   Tile tile;
   for (std::int64_t n = 0; n < x.Nv + x.Nt;) {
-    n = fill<T>(x, b, n, s, tile);
+    n = fill(x, b, n, s, tile);
     if (!tile.size) break;
     products(s.queries.data(), x.H, tile.tokens, s.width, s.scores.data());
     attend(x, tile, s);
@@ -241,18 +247,30 @@ void score_gradients(const FusionTokens& x, const FusionGradients& g, std::int64
   }
 }
 
+// Writes the gradient of token n of row b; none: zeros.
 template <class T>
+void write_gradient(const FusionTokens& x, const FusionGradients& g, std::int64_t b,
+                    std::int64_t n, const float* from) {
+  T* grad = token_of<T>(x, g.grad_visual, g.grad_tactile, b, n);
+  for (std::int64_t d = 0; d < x.D; ++d) narrow(from ? from[d] : 0.0f, grad[d]);
+}
+
+void write_gradient(const FusionTokens& x, const FusionGradients& g, std::int64_t b,
+                    std::int64_t n, const float* from) {
+  if (x.bfloat16) write_gradient<bfloat16>(x, g, b, n, from);
+  else write_gradient<float>(x, g, b, n, from);
+}
+
 void backward_row(const FusionTokens& x, const FusionGradients& g, std::int64_t b, Scratch& s) {
   const std::int64_t first = b * x.H * x.D;
   pad_rows(x.queries + first, x.H, x.D, s.width, s.queries.data());
   pad_rows(g.grad_context + first, x.H, x.D, s.width, s.grad_context.data());
   std::fill(s.context.begin(), s.context.end(), 0.0f);
   for (std::int64_t n = 0; n < x.Nv + x.Nt; ++n)
-    if (!counts(x, b, n))
-      std::fill_n(token_of<T>(x, g.grad_visual, g.grad_tactile, b, n), x.D, T{0});
+    if (!counts(x, b, n)) write_gradient(x, g, b, n, nullptr);
   Tile tile;
   for (std::int64_t n = 0; n < x.Nv + x.Nt;) {
-    n = fill<T>(x, b, n, s, tile);
+    n = fill(x, b, n, s, tile);
     if (!tile.size) break;
     products(s.queries.data(), x.H, tile.tokens, s.width, s.scores.data());
     products(s.grad_context.data(), x.H, tile.tokens, s.width, s.products.data());
@@ -263,10 +281,8 @@ void backward_row(const FusionTokens& x, const FusionGradients& g, std::int64_t 
         s.width);
     add(s.grad_tokens.data(), tile.size, s.products.data(), 1, kTile, s.query_rows.data(), x.H,
         s.width);
-    for (int t = 0; t < tile.size; ++t) {
-      T* grad = token_of<T>(x, g.grad_visual, g.grad_tactile, b, tile.index[t]);
-      for (std::int64_t d = 0; d < x.D; ++d) narrow(s.grad_tokens[t * s.width + d], grad[d]);
-    }
+    for (int t = 0; t < tile.size; ++t)
+      write_gradient(x, g, b, tile.index[t], s.grad_tokens.data() + t * s.width);
   }
   for (std::int64_t h = 0; h < x.H; ++h)
     std::copy_n(s.context.data() + h * s.width, x.D, g.grad_queries + first + h * x.D);
@@ -276,10 +292,7 @@ void backward_row(const FusionTokens& x, const FusionGradients& g, std::int64_t 
 ALIGNKIT_WIDE void forward_rows(const FusionTokens& x, const FusionResults& out,
                                 std::int64_t begin, std::int64_t end) {
   Scratch s(x);
-  for (std::int64_t b = begin; b < end; ++b) {
-    if (x.bfloat16) forward_row<bfloat16>(x, out, b, s);
-    else forward_row<float>(x, out, b, s);
-  }
+  for (std::int64_t b = begin; b < end; ++b) forward_row(x, out, b, s);
 }
 
 ALIGNKIT_WIDE void backward_rows(const FusionTokens& x, const FusionGradients& g,
@@ -292,10 +305,7 @@ ALIGNKIT_WIDE void backward_rows(const FusionTokens& x, const FusionGradients& g
     s.query_rows.push_back(s.queries.data() + h * s.width);
     s.grad_rows.push_back(s.grad_context.data() + h * s.width);
   }
-  for (std::int64_t b = begin; b < end; ++b) {
-    if (x.bfloat16) backward_row<bfloat16>(x, g, b, s);
-    else backward_row<float>(x, g, b, s);
-  }
+  for (std::int64_t b = begin; b < end; ++b) backward_row(x, g, b, s);
 }
 
 // Shares out rows, of which each is the same whoever does it.
