@@ -186,7 +186,7 @@ def test_calibration_by_hand():
     (lambda: flips(np.zeros(3), np.zeros((3, 1)), np.zeros(3)), "after: expected shape"),
     (lambda: item_slopes([0, 1], np.zeros((3, 3))), r"right: expected shape \(n, 2\)"),
     (lambda: item_slopes([1, 1], np.zeros((3, 2))), "levels: expected two different"),
-    (lambda: relative_gain(np.zeros(3), np.ones(3)), "before: a gain relative to"),
+    (lambda: relative_gain(np.zeros(3), np.ones(3)), "bottom: a share of nothing"),
     (lambda: cohen_kappa([1], [1, 2]), "second: expected 1"),
     (lambda: calibration_error([1.2], [1]), r"confidence: expected \[0, 1\]"),
     (lambda: risk_coverage([0.5, 0.5], [1]), "correct: expected 2"),
