@@ -267,6 +267,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'alignkit/judging/metrics.py'),
                                           'alignkit.judging.metrics.s1_scaling': ( 'library/judging_metrics.html#s1_scaling',
                                                                                    'alignkit/judging/metrics.py'),
+                                          'alignkit.judging.metrics.vote_share': ( 'library/judging_metrics.html#vote_share',
+                                                                                   'alignkit/judging/metrics.py'),
                                           'alignkit.judging.metrics.winners': ( 'library/judging_metrics.html#winners',
                                                                                 'alignkit/judging/metrics.py'),
                                           'alignkit.judging.metrics.within_budget': ( 'library/judging_metrics.html#within_budget',

@@ -34,15 +34,17 @@ ATTACKS = st.lists(st.sampled_from(PIECES) | st.text(st.characters(), max_size=8
 
 
 def quoting(verdict, form, quotations):
-    "A judge that quotes what it is shown, word by word, while it thinks, before its verdict and after it."
+    "A judge that quotes what it is shown, whole and text by text, while it thinks, before its verdict and after it."
+    before, after = quotations
+
     def generate(asked):
         said = []
         for one in asked:
             shown = one.text[one.text.index("<prompt"):one.text.rindex("</answer")]
-            before, after = quotations
-            mark = verdict(one)
-            said.append(Completion(f"<think>{before}{shown}{after}</think>{before}{shown}{after}\n{mark}\n"
-                                   f"{before}{shown}{after}"))
+            fence = re.match(r"<prompt (\w+)>", shown)[1]
+            texts = re.split(rf"\n?</?(?:prompt|answer [AB12]) {fence}>\n*", shown)
+            quoted = "; ".join(f"{before}{text}{after}" for text in [shown, *texts])
+            said.append(Completion(f"<think>{quoted}</think>{quoted}\n{verdict(one)}\n{quoted}"))
         return said
     return Judge(generate, form)
 
@@ -61,8 +63,7 @@ def score(scores):
     return verdict
 
 
-QUOTATIONS = st.sampled_from([("", ""), ('"', '"'), ("> ", "\n"), ("(", ")"), ("[", "]"), ("```\n", "\n```"),
-                              ("**", "**")])
+QUOTATIONS = st.sampled_from([("", ""), ('"', '"'), ("> ", "\n"), ("(", ")"), ("```\n", "\n```"), ("**", "**")])
 
 
 @settings(max_examples=150, deadline=None)
@@ -71,6 +72,14 @@ def test_whatever_an_answer_holds_the_choice_read_is_the_judges(prompt, answers,
     judge = quoting(choose(better), Choice(), quotations)
     both = pairwise(judge, [Task(prompt, answers)])[0]
     assert [j.winner for j in both] == [better, better]
+
+
+@settings(max_examples=100, deadline=None)
+@given(prompt=ATTACKS, answers=st.tuples(ATTACKS, ATTACKS), better=st.integers(0, 1))
+def test_a_judge_that_quotes_in_brackets_may_spoil_its_verdict_but_no_other_is_read(prompt, answers, better):
+    both = pairwise(quoting(choose(better), Choice(), ("[", "]")), [Task(prompt, answers)])[0]
+    assert {j.winner for j in both} <= {better, None}
+    assert {j.outcome for j in both} <= {"decided", "malformed"}
 
 
 @settings(max_examples=150, deadline=None)

@@ -22,6 +22,7 @@ from alignkit.judging.metrics import (
     relative_gain,
     report,
     s1_scaling,
+    vote_share,
     winners,
     within_budget,
 )
@@ -130,6 +131,7 @@ def test_position_p_by_hand():
 def test_votes_by_hand():
     votes = np.array([[0, 0, 1], [0, 1, TIE], [UNREAD, UNREAD, 1], [UNREAD] * 3, [TIE, TIE, 1], [2, 2, 0]])
     assert majority_vote(votes).tolist() == [0, TIE, 1, UNREAD, TIE, 2]
+    np.testing.assert_allclose(vote_share(votes), [2 / 3, 1 / 3, 1 / 3, 0, 2 / 3, 2 / 3])
     bought = within_budget(votes[:2], np.array([[5, 5, 5], [9, 9, 9]]), np.array([10, 8]))
     assert bought.tolist() == [[0, 0, UNREAD], [UNREAD] * 3]
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIE', 'UNREAD', 'DEFAULT_PAIRS', 'FLAGGED', 'STATES', 'winners', 'Estimate', 'estimate', 'ratio', 'credit',
-           'consistent', 'position_bias', 'position_p', 'length_bias', 'report', 'majority_vote', 'within_budget',
-           'Flips', 'flips', 'item_slopes', 's1_scaling', 'control', 'relative_gain']
+           'consistent', 'position_bias', 'position_p', 'length_bias', 'report', 'majority_vote', 'vote_share',
+           'within_budget', 'Flips', 'flips', 'item_slopes', 's1_scaling', 'control', 'relative_gain']
 
 # %% ../../nbs/library/11b_judging_metrics.ipynb #2bd92983
 from collections.abc import Sequence
@@ -164,6 +164,14 @@ def majority_vote(
     best = counts == counts.max(1, keepdims=True)
     winner = np.where(best.sum(1) == 1, candidates[counts.argmax(1)], TIE)
     return np.where(counts.max(1) == 0, UNREAD, winner)
+
+def vote_share(
+    verdicts: np.ndarray, # (n, k)
+) -> np.ndarray: # (n,) in [0, 1]
+    "How many of all k votes the majority has: a confidence for judges that give no log-probabilities."
+    verdicts = np.asarray(verdicts)
+    same = (verdicts[:, :, None] == verdicts[:, None, :]) & (verdicts != UNREAD)[:, :, None]
+    return same.sum(2).max(1) / verdicts.shape[1]
 
 def within_budget(
     verdicts: np.ndarray, # (n, k) in the order they were asked for
