@@ -186,7 +186,7 @@ def calibration_error(
 def risk_coverage(
     confidence:Numbers, # (n,) in [0, 1]
     correct:Numbers,    # (n,) 1 right, 0 wrong, 0.5 for a tie
-)->tuple[np.ndarray, np.ndarray]: # (m,) coverage in (0, 1], rising; (m,) error rate among the covered
+)->tuple[np.ndarray, np.ndarray]: # (m,) coverage in (0, 1], rising; (m,) error rate
     "The error rate of the most confident part, one point for each distinct confidence."
     p, right = _judged(confidence, correct)
     order = np.argsort(-p, kind="stable")

@@ -85,7 +85,7 @@ def consistent(
     return (verdicts[:, 0] == verdicts[:, 1]) & (verdicts[:, 0] != UNREAD)
 
 # %% ../../nbs/library/11b_judging_metrics.ipynb #1f243b7a
-DEFAULT_PAIRS = 200 # finds a bias of ten points in nine of ten trials, even in a judge that tosses coins
+DEFAULT_PAIRS = 200 # find a bias of ten points nine times in ten, even in a judge that tosses coins
 FLAGGED = 0.05
 
 def _mean_of_decided(
@@ -168,7 +168,7 @@ def majority_vote(
 def vote_share(
     verdicts: np.ndarray, # (n, k)
 ) -> np.ndarray: # (n,) in [0, 1]
-    "How many of all k votes the majority has: a confidence for judges that give no log-probabilities."
+    "The majority's share of all k votes: a confidence where there are no log-probabilities."
     verdicts = np.asarray(verdicts)
     same = (verdicts[:, :, None] == verdicts[:, None, :]) & (verdicts != UNREAD)[:, :, None]
     return same.sum(2).max(1) / verdicts.shape[1]
