@@ -2,7 +2,8 @@
 
     python benchmarks/llmbar.py DATA [--out benchmarks/results/llmbar.json]
 
-DATA holds the folders llmbar/ and pandalm/. Only figures, places and causes are recorded, no text.
+DATA holds the folders llmbar/ (princeton-nlp/LLMBar at 900616bf, Dataset/LLMBar) and pandalm/ (WeOpenML/PandaLM at
+3871806e, data/testset-v1.json). Only figures, places and causes are recorded, no text.
 """
 
 import argparse
@@ -25,7 +26,16 @@ def theirs(path):
     return {**counts, "kappa_agreement": stored["kappa_agreement"]}
 
 
-def cause(completion, finish):
+def two_verdicts(completion):
+    "Both outputs are called better: the first and the last verdict may differ."
+    return all(f"Output ({label}) is better" in completion for label in "ab")
+
+
+def why_differ(completion, _):
+    return "gives two verdicts: the authors take the first label, we the last" if two_verdicts(completion) else "unknown"
+
+
+def why_unread(completion, finish):
     "Why a completion holds no verdict."
     text = completion.strip()
     if "cannot provide a response" in text:
@@ -34,20 +44,14 @@ def cause(completion, finish):
         return "cut by the limit of length"
     if any(word in text.rsplit("\n", 1)[-1].lower() for word in ("neither", "both", "equally")):
         return "names neither output"
-    return "looked at by hand: unknown"
+    return "unknown"
 
 
-def places(subset, judge, prompt, found, rows):
+def places(subset, judge, prompt, found, rows, cause):
     for row, stage, swapped in found:
         completion, finish = rows[row]["results"][stage][f"swap = {swapped}"]["completion"]
         yield {"subset": subset.split("/")[-1], "judge": judge, "prompt": prompt, "row": row, "stage": stage,
                "swapped": swapped, "cause": cause(completion, finish)}
-
-
-def two_verdicts(rows):
-    "Completions that name both outputs as better: where the last and the first verdict may differ."
-    return sum(all(f"Output ({label}) is better" in asked["completion"][0] for label in "ab")
-               for row in rows for stage in row["results"] for asked in stage.values())
 
 
 def record(data):
@@ -59,10 +63,11 @@ def record(data):
                 folder = data / "llmbar" / subset / "evaluators" / judge / prompt
                 found = read_recorded(folder / "result.json")
                 rows = json.loads((folder / "result.json").read_text())
-                differences += places(subset, judge, prompt, found.differ, rows)
-                unread += places(subset, judge, prompt, found.unread, rows)
+                differences += places(subset, judge, prompt, found.differ, rows, why_differ)
+                unread += places(subset, judge, prompt, found.unread, rows, why_unread)
                 completions += found.completions
-                several += two_verdicts(rows)
+                several += sum(two_verdicts(asked["completion"][0]) for row in rows
+                               for stage in row["results"] for asked in stage.values())
                 unread_twice += int((found.verdicts == UNREAD).all(1).sum())
                 figures = report(found.verdicts, found.labels, lengths)
                 cells.append({"subset": subset.split("/")[-1], "judge": judge, "prompt": prompt,
