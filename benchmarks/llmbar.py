@@ -32,7 +32,7 @@ def two_verdicts(completion):
 
 
 def why_differ(completion, _):
-    return "gives two verdicts: the authors take the first label, we the last" if two_verdicts(completion) else "unknown"
+    return "two verdicts: the authors take the first label, we the last" if two_verdicts(completion) else "unknown"
 
 
 def why_unread(completion, finish):
