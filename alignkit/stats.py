@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Numbers', 'EXACT_SEEDS', 'BOOTSTRAP_SEEDS', 'sign_flip_p', 'at_most_p', 'within_p', 'student_interval',
-           'bootstrap_interval', 'mean_interval', 'wilson_interval', 'holm']
+           'bootstrap_interval', 'mean_interval', 'wilson_interval', 'holm', 'cohen_kappa', 'calibration_error',
+           'risk_coverage']
 
 # %% ../nbs/library/01_stats.ipynb #ed44d33c
 from collections.abc import Sequence
@@ -145,3 +146,50 @@ def holm(
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(stepped, 1)
     return adjusted.tolist()
+
+# %% ../nbs/library/01_stats.ipynb #82a3b107
+def cohen_kappa(
+    first:Numbers,  # (n,) categories, as numbers
+    second:Numbers, # (n,) of the same items
+)->float: # at most 1; NaN where both raters know one category
+    "Agreement beyond chance (Cohen 1960)."
+    a, b = _finite(first, "first"), _finite(second, "second")
+    if a.size != b.size:
+        raise ValueError(f"second: expected {a.size} categories as in first, got {b.size}")
+    chance = float(sum(np.mean(a == c) * np.mean(b == c) for c in np.union1d(a, b)))
+    return float(np.mean(a == b) - chance) / (1 - chance) if chance < 1 else float("nan")
+
+# %% ../nbs/library/01_stats.ipynb #46f39ae4
+def _judged(
+    confidence:Numbers, # (n,) in [0, 1]
+    correct:Numbers,    # (n,) in [0, 1]
+)->tuple[np.ndarray, np.ndarray]: # both, checked
+    p, right = _finite(confidence, "confidence"), _finite(correct, "correct")
+    if p.size != right.size:
+        raise ValueError(f"correct: expected {p.size} figures as in confidence, got {right.size}")
+    for name, x in (("confidence", p), ("correct", right)):
+        if x.min() < 0 or x.max() > 1:
+            raise ValueError(f"{name}: expected [0, 1], got {x.min()} to {x.max()}")
+    return p, right
+
+def calibration_error(
+    confidence:Numbers, # (n,) in [0, 1]
+    correct:Numbers,    # (n,) 1 right, 0 wrong, 0.5 for a tie
+    bins:int=10,        # of equal width
+)->float: # in [0, 1]
+    "Expected calibration error (Naeini et al. 2015)."
+    p, right = _judged(confidence, correct)
+    which = np.minimum((p * bins).astype(int), bins - 1)
+    gaps = np.bincount(which, weights=p - right, minlength=bins)
+    return float(np.abs(gaps).sum() / p.size)
+
+def risk_coverage(
+    confidence:Numbers, # (n,) in [0, 1]
+    correct:Numbers,    # (n,) 1 right, 0 wrong, 0.5 for a tie
+)->tuple[np.ndarray, np.ndarray]: # (m,) coverage in (0, 1], rising; (m,) error rate
+    "The error rate of the most confident part, one point for each distinct confidence."
+    p, right = _judged(confidence, correct)
+    order = np.argsort(-p, kind="stable")
+    ends = np.flatnonzero(np.diff(p[order], append=-1) != 0)
+    covered = ends + 1
+    return covered / p.size, np.cumsum(1 - right[order])[ends] / covered

@@ -1,6 +1,7 @@
 """Beside TRL's trainers: the same advantages, losses and gradients; rewards both ways."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ trl = pytest.importorskip("trl")
 
 from datasets import Dataset  # noqa: E402
 
+from alignkit.judging.judges import Judge, from_texts  # noqa: E402
+from alignkit.judging.scorers import GroupedScorer  # noqa: E402
+from alignkit.judging.verdicts import Choice  # noqa: E402
 from alignkit.models.language import LanguagePolicy, Tokens, tiny_causal_lm  # noqa: E402
 from alignkit.models.scores import Scores  # noqa: E402
 from alignkit.rl.algorithms import GRPO, RLOO, Batch, DrGRPO  # noqa: E402
@@ -133,3 +137,39 @@ def test_their_reward_function_trains_our_model():
                     seed=0)  # fmt: skip
     line = [entry["reward"] for entry in history]
     assert sum(line[-5:]) / 5 > sum(line[:5]) / 5 + 0.3
+
+
+def judge_that_likes_e():
+    def choose(prompts):
+        answers = [re.findall(r"<answer [AB] \w+>\n(.*?)\n</answer", text, re.S) for text in prompts]
+        return ["[[A]]" if a.count("e") >= b.count("e") else "[[B]]" for a, b in answers]
+
+    return GroupedScorer(Judge(from_texts(choose), Choice()), tokenizer(), GROUP)
+
+
+def test_a_judge_trains_their_model(tmp_path):
+    scorer, seen = judge_that_likes_e(), []
+    reward = as_reward_function(scorer, tokenizer())
+
+    def spied(completions, **columns):
+        seen.append(sum(text.count("e") for text in completions) / len(completions))
+        return reward(**columns)
+
+    trained(trl.GRPOTrainer, trl.GRPOConfig, tmp_path, spied, steps=30)
+    assert sum(seen[-5:]) / 5 > sum(seen[:5]) / 5 + 0.3
+    assert dict(scorer.outcomes)["decided"] == len(seen) * (16 // GROUP) * GROUP * (GROUP - 1)
+
+
+def test_a_judge_trains_our_model():
+    policy, prompts, seen = LanguagePolicy(tiny_causal_lm(tokenizer(), seed=0)), torch.arange(16)[:, None], []
+    scorer = judge_that_likes_e()
+
+    def spied(rollout):
+        seen.append(float((rollout.inputs.completion_ids == WORDS.index("e")).float().sum(1).mean()))
+        return scorer(rollout)
+
+    collect = LanguageCollector(
+        policy, prompts, torch.ones_like(prompts).bool(), spied, batch_size=16, group_size=GROUP,
+        max_new_tokens=TOKENS, seed=0, eos_token_id=tokenizer().eos_token_id)  # fmt: skip
+    train(collect, policy, None, GRPO(), rounds=30, lr=3e-3, minibatches=1, epochs=1, seed=0)
+    assert sum(seen[-5:]) / 5 > sum(seen[:5]) / 5 + 0.3
