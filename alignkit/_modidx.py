@@ -667,6 +667,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'alignkit.ops.bench.how': ('kernels/bench.html#how', 'alignkit/ops/bench.py'),
                                     'alignkit.ops.bench.largest_error': ('kernels/bench.html#largest_error', 'alignkit/ops/bench.py'),
                                     'alignkit.ops.bench.line': ('kernels/bench.html#line', 'alignkit/ops/bench.py'),
+                                    'alignkit.ops.bench.lines': ('kernels/bench.html#lines', 'alignkit/ops/bench.py'),
                                     'alignkit.ops.bench.masked_gae_case': ('kernels/bench.html#masked_gae_case', 'alignkit/ops/bench.py'),
                                     'alignkit.ops.bench.measure': ('kernels/bench.html#measure', 'alignkit/ops/bench.py'),
                                     'alignkit.ops.bench.missed': ('kernels/bench.html#missed', 'alignkit/ops/bench.py'),

@@ -11,6 +11,7 @@ __all__ = ['CommandError', 'describe', 'list_papers', 'load_paper', 'missing_mod
 # %% ../nbs/library/13_cli.ipynb #7decfa0d
 import argparse
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -359,10 +360,11 @@ def bench(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(list(rows), indent=1))
         return 0
-    print(benchmark.HEAD)
-    for row in rows:
-        print(benchmark.line(row), flush=True)
-    print(f"\n{benchmark.how(row['threads'], row['clock'])}")
+    rows, again = itertools.tee(rows)
+    for text in benchmark.lines(rows):
+        print(text, flush=True)
+    first = next(again)
+    print(f"\n{benchmark.how(first['threads'], first['clock'])}")
     return 0
 
 # %% ../nbs/library/13_cli.ipynb #2400d0e1

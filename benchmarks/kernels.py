@@ -7,6 +7,7 @@ of the operators named, the rows there are replaced. Takes a quarter of an hour 
 """
 
 import argparse
+import itertools
 import json
 import os
 from contextlib import suppress
@@ -38,11 +39,11 @@ def main():
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path, load = RESULTS / f"kernels_{device}.json", round(os.getloadavg()[0], 2)
-    print(bench.HEAD)
-    rows, when = [], {"date": datetime.now(UTC).date().isoformat(), "commit": runs.code_commit()}
-    for row in bench.bench(args.operators, args.rounds, device, args.threads):
-        print(bench.line(row), flush=True)
-        rows.append(row | when)
+    when = {"date": datetime.now(UTC).date().isoformat(), "commit": runs.code_commit()}
+    rows, shown = itertools.tee(bench.bench(args.operators, args.rounds, device, args.threads))
+    for text in bench.lines(shown):
+        print(text, flush=True)
+    rows = [row | when for row in rows]
     kept = []
     if args.operators:
         before = json.loads(path.read_text(encoding="utf-8"))

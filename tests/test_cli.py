@@ -167,8 +167,8 @@ def test_bench(capsys, monkeypatch):
     rows = json.loads(capsys.readouterr().out)
     assert {row["op"] for row in rows} == {"gae"} and all(row["ours_us"] > 0 for row in rows)
     assert status_of("bench", "gae") == 0
-    head, first, *_, _, how = capsys.readouterr().out.splitlines()
-    assert head == bench.HEAD and bench.LOOP in first and "✗" in first and "1 thread, CPU time" in how
+    head, case, first, *_, _, how = capsys.readouterr().out.splitlines()
+    assert head == bench.HEAD and case.startswith("gae 4×16") and bench.LOOP in first and "✗" in first and "1 thread, CPU time" in how
 
 
 def test_report_of_a_folder_without_results_exits_1(tmp_path, capsys):

@@ -10,7 +10,8 @@ __all__ = ['LOOP', 'SCAN', 'TORCHRL', 'TORCHRL_VEC', 'NUMBA', 'TRL', 'EAGER', 'C
            'grouped_case', 'unscaled_case', 'ragged_case', 'grouped_comparison_case', 'token_logps_case',
            'from_logits_case', 'sample_tokens_case', 'clipped_policy_loss_case', 'attention_fusion_case', 'Planned',
            'clock', 'alternate', 'missing', 'difference', 'measure', 'bench', 'overhead', 'contention', 'recorded',
-           'origin', 'how', 'line', 'table', 'rows_of', 'missed', 'figures', 'roofline', 'largest_error', 'error_table']
+           'origin', 'how', 'line', 'lines', 'table', 'rows_of', 'missed', 'figures', 'roofline', 'largest_error',
+           'error_table']
 
 # %% ../../nbs/kernels/09_bench.ipynb #e1528c62
 import contextlib
@@ -622,8 +623,8 @@ def how(threads: int, clock: str) -> str:
             "[quartiles of the rounds' ratios]")
 
 # %% ../../nbs/kernels/09_bench.ipynb #07e6d446
-HEAD = (f"{'operator':<42}{'dtype':<9} {'contender':<36}{'ours':>9}{'theirs':>10}{'ratio':>8}"
-        f" {'[quartiles]':<17}{'of a copy':>9}{'goal':>7}  difference")
+HEAD = (f"{'  contender':<36}{'ours':>9}{'theirs':>10}{'ratio':>8} {'[quartiles]':<17}"
+        f"{'of a copy':>9}{'goal':>7}  difference")
 
 def _time(us: float) -> str:
     if us < 1e3:
@@ -639,7 +640,7 @@ def _case_name(row: Mapping[str, Any]) -> str:
 
 def line(row: Mapping[str, Any]) -> str:
     "A row as text, under `HEAD`."
-    start = f"{_case_name(row):<42}{row['dtype']:<9} {row['peer']:<36}"
+    start = f"  {row['peer']:<34}"
     if "skipped" in row:
         return f"{start}  {row['skipped']}"
     spread = "[" + " ".join(map(_ratio, row["ratio_quartiles"])) + "]"
@@ -650,9 +651,20 @@ def line(row: Mapping[str, Any]) -> str:
             f"{_ratio(row['ratio']):>8} {spread:<17}{row['copy_share']:>9.2f}{goal:>7} {mark} "
             f"{off}").rstrip()
 
+def lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    "`HEAD`, and each case's name above its rows, as they come."
+    yield HEAD
+    shown = ""
+    for row in rows:
+        name = f"{_case_name(row)} {row['dtype']}"
+        if name != shown:
+            yield name
+            shown = name
+        yield line(row)
+
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
     "Rows as text: medians, theirs over ours, and whether a goal is met (✓) or missed (✗)."
-    return "\n".join([HEAD, *map(line, rows)])
+    return "\n".join(lines(rows))
 
 def rows_of(
     recording: Mapping[str, Any],
