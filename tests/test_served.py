@@ -546,3 +546,72 @@ def test_it_works_where_an_event_loop_runs_as_in_jupyter(serve, cache):
         return judge.generate([ask("?")])
 
     assert asyncio.run(cell())[0].text == "[[A]]"
+
+
+# ---- a real server ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    "`transformers serve` with a tiny random model saved to disk, and the same model in this process."
+    from test_generate_text import letter_tokenizer
+
+    from alignkit.generate.model import LocalModel
+    from alignkit.models.language import tiny_causal_lm
+
+    folder = tmp_path_factory.mktemp("real") / "tiny"
+    tokenizer = letter_tokenizer()
+    lm = tiny_causal_lm(tokenizer, seed=0, positions=128)
+    lm.generation_config.eos_token_id = lm.generation_config.pad_token_id = 0
+    lm.generation_config.do_sample = True  # or this server stays greedy at every temperature
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve",
+               str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu",
+               "--dtype", "float32"]
+    log = (folder.parent / "log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            assert process.poll() is None, (folder.parent / "log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1", str(folder), LocalModel(lm, tokenizer)
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def test_a_real_server_writes_what_the_model_writes_here(real, cache):
+    url, name, local = real
+    judge = Served(url, name, cache, can={"continues"}, deadline=60)
+    requests = [ask("who", temperature=0), ask("longer question", temperature=0),
+                Request("go on", 9, temperature=0, prefix=" now"), Request("a", 3, temperature=0)]
+    theirs, ours = judge.generate(requests), local.generate(requests)
+    for their, our in zip(theirs, ours, strict=True):
+        assert (their.text, their.finish_reason) == (our.text, our.finish_reason)
+        assert their.prompt_tokens == our.prompt_tokens
+        assert abs(their.completion_tokens - our.completion_tokens) <= 1  # the end of text, or not
+    assert judge.generate(requests) == theirs and judge.usage.answered == len(requests)
+
+
+def test_a_real_server_draws_by_the_seed_and_refuses_by_name(real, cache, tmp_path):
+    url, name, _ = real
+    judge = Served(url, name, cache, can={"continues", "logprobs"}, deadline=60, concurrency=1)
+    drawn = judge.generate(ask("who", temperature=1.0).times(6))
+    assert len({completion.text for completion in drawn}) > 3
+    other = Cache(tmp_path / "other.sqlite")
+    again = Served(url, name, other, concurrency=1).generate(ask("who", temperature=1.0).times(6))
+    other.close()
+    assert again == drawn
+    with pytest.raises(BatchFailed, match="expected logprobs, got None"):
+        judge.generate([ask("who", top_logprobs=2)])
+    with pytest.raises(BatchFailed, match="status 422: .*continue_final_message"):
+        judge.generate([ask("who", prefix="<think>")])
+    with pytest.raises(BatchFailed, match="status 400: .*pinned"):
+        Served(url, "another", cache).generate([ask("who")])

@@ -6,7 +6,7 @@
 __all__ = ['Samples', 'sample']
 
 # %% ../../nbs/library/07_generate_local.ipynb #4502d2db
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,6 +209,14 @@ def _read_prompts(lm, trunk, prompt_ids: Tensor, attention_mask: Tensor, room: i
     return decoder, logits[rows], [] if trunk is None else [read[rows]]
 
 
+def _uniforms(generator: torch.Generator | Sequence[torch.Generator], T: int, B: int):
+    if isinstance(generator, torch.Generator):
+        return torch.rand((T, B), generator=generator)
+    if len(generator) != B:
+        raise ValueError(f"generator: expected one, or {B}, one a row, got {len(generator)}")
+    return torch.stack([torch.rand(T, generator=each) for each in generator], 1)
+
+
 @torch.no_grad()
 def sample(
     lm,  # any transformers causal language model; above `trunk` if there is one
@@ -216,7 +224,7 @@ def sample(
     attention_mask: Tensor | None = None,  # (B, P) bool, False at padding; None: none
     *,
     max_new_tokens: int,
-    generator: torch.Generator,  # the only source of randomness
+    generator: torch.Generator | Sequence[torch.Generator],  # all randomness; or one a row
     temperature: float = 1.0,
     eos_token_id: int | None = None,  # None: every completion has max_new_tokens tokens
     pad_token_id: int = 0,  # written after the end of a finished row
@@ -232,7 +240,7 @@ def sample(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     (B, P), device = prompt_ids.shape, prompt_ids.device
-    uniforms = torch.rand((max_new_tokens, B), generator=generator).to(device)
+    uniforms = _uniforms(generator, max_new_tokens, B).to(device)
     text = _Text(prompt_ids, max_new_tokens, pad_token_id)
     decoder, logits, states = _read_prompts(lm, trunk, prompt_ids, attention_mask,
                                             P + max_new_tokens)

@@ -21,7 +21,14 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from .cache import Cache, call_key
-from .text import Ability, Completion, Request, Token, check_able
+from alignkit.generate.text import (
+    Ability,
+    Completion,
+    Request,
+    Token,
+    check_able,
+    top_by_text,
+)
 from ..runs import plain, require
 
 # %% ../../nbs/library/07f_generate_served.ipynb #e10bb2ca
@@ -113,8 +120,8 @@ def _tokens(logprobs: Any) -> tuple[Token, ...]:
     _expect(isinstance(logprobs, dict), "logprobs", logprobs)
     try:
         if "content" in logprobs:
-            found = [Token(item["token"], item["logprob"], {
-                         top["token"]: top["logprob"] for top in item["top_logprobs"]})
+            found = [Token(item["token"], item["logprob"], top_by_text(
+                         (top["token"], top["logprob"]) for top in item["top_logprobs"]))
                      for item in logprobs["content"]]
         else:
             tops = logprobs.get("top_logprobs") or [{}] * len(logprobs["tokens"])
