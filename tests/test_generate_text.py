@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from alignkit.generate.cache import Cache, Cached
 from alignkit.generate.local import sample
 from alignkit.generate.model import LocalModel, prompt_text
 from alignkit.generate.text import NotAble, Request, Scripted, image_part
@@ -133,3 +134,32 @@ def test_a_script_cuts_as_a_model_does_and_ends():
     with pytest.raises(IndexError, match="^script: expected an answer for request 3, got 2"):
         script.generate([ask("q")])
     assert Scripted(lambda request: request.prefix).generate([ask("q", prefix="yes")])[0].text == "yes"
+
+
+# ---- kept on disk ----------------------------------------------------------------------
+
+
+def test_a_cached_model_is_asked_once_and_another_model_is_another(model, tmp_path):
+    cache = Cache(tmp_path / "calls.sqlite")
+    requests = [ask(str(i % 5), 4, seed=i % 2, top_logprobs=2) for i in range(20)]
+    first = Cached(model, cache, model.fingerprint(), batch_size=3).generate(requests)
+    assert first == model.generate(requests)
+    never = Scripted([])
+    never.can = model.can
+    assert Cached(never, cache, model.fingerprint()).generate(requests) == first
+    other = LocalModel(tiny_causal_lm(model.tokenizer, seed=1, positions=128), model.tokenizer)
+    assert other.fingerprint() != model.fingerprint() == LocalModel(model.lm, model.tokenizer).fingerprint()
+    assert Cached(other, cache, other.fingerprint()).generate(requests) != first
+    assert cache.totals()[model.fingerprint()].calls == 10
+    cache.close()
+
+
+def test_a_cached_generator_that_fails_keeps_what_it_had_and_can_be_asked_again(tmp_path):
+    cache = Cache(tmp_path / "calls.sqlite")
+    requests = [ask(str(i)) for i in range(6)]
+    with pytest.raises(IndexError):
+        Cached(Scripted(["a", "b", "c"]), cache, "script", batch_size=1).generate(requests)
+    rest = Scripted(["d", "e", "f"])
+    texts = [got.text for got in Cached(rest, cache, "script", batch_size=2).generate(requests)]
+    assert texts == list("abcdef") and rest.asked == 3
+    cache.close()

@@ -6,6 +6,7 @@
 __all__ = ['prompt_text', 'LocalModel']
 
 # %% ../../nbs/library/07d_generate_model.ipynb #4a195cc7
+import hashlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -91,6 +92,15 @@ class LocalModel:
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return cls(transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval(),
                    tokenizer)
+
+    def fingerprint(self) -> str:
+        "A name that changes with any weight, the precision or the tokenizer."
+        found = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        found.update((self.tokenizer.chat_template or "").encode())
+        for name, tensor in self.lm.state_dict().items():
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return f"{type(self.lm).__name__} {found.hexdigest()}"
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         "One completion a request, in their order."
