@@ -187,7 +187,7 @@ def test_a_passing_fault_ends_in_the_answer(serve, cache, fault):
     server = serve([fault])
     judge = Served(server.url, "judge", cache, deadline=5)
     assert judge.generate([ask("?")]) == [Completion("[[A]]", "stop", 7, 3)]
-    assert len(server.bodies) == 2
+    assert len(server.bodies) == 2 and judge.usage.retries == 1  # nobody else tries again
 
 
 @pytest.mark.parametrize("name", [name for name in PASSING if "date" not in name])
