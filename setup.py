@@ -32,7 +32,7 @@ def lines(key):
 def extras():
     """Extra `llm` is the setting `llm_requirements`, and so on; `all` is what works side by side."""
     names = {"llm": "llm", "trl": "trl", "bench": "bench", "tensorboard": "tensorboard",
-             "robots": "robots", "notebooks": "nb", "dev": "dev"}
+             "robots": "robots", "judges": "judges", "notebooks": "nb", "dev": "dev"}
     found = {extra: lines(f"{key}_requirements") for extra, key in names.items()}
     everything = sorted({line for group in found.values() for line in group})
     apart = {extra: lines(f"{extra}_requirements") for extra in ("trackio", "wandb")}

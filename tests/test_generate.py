@@ -200,6 +200,32 @@ def test_the_lean_way_is_the_same_model(lean_miniatures, changes, kind, cut):
         torch.testing.assert_close(ours.tokens.trunk[real], states[real], atol=1e-5, rtol=1e-5)
 
 
+@lean
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 6, "tie_word_embeddings": True}])
+def test_a_shared_start_is_read_once_and_changes_nothing(lean_miniatures, monkeypatch, changes, padded):
+    lm = grouped_llama(**changes)
+    start = torch.randint(0, 16, (20,))
+    ends = [torch.randint(0, 16, (1 + i % 5 if padded else 4,)) for i in range(6)]
+    rows = [torch.cat([torch.full((5 - len(end),), 16), start, end]) for end in ends + ends[:3]]
+    ids = torch.stack(rows)
+    read, forward = [], llama.LlamaReader.__call__
+
+    def counting(self, new, mask):
+        read.append(new.numel())
+        return forward(self, new, mask)
+
+    monkeypatch.setattr(llama.LlamaReader, "__call__", counting)
+    ours = sample(lm, ids, ids != 16, max_new_tokens=12, generator=generator(3, "p"),
+                  temperature=0.8, eos_token_id=7, pad_token_id=16)
+    different = len(ids.unique(dim=0))
+    assert read[:2] == [20, different * (ids.shape[1] - 20)]
+    expected, logps = plainly(lm, ids, ids != 16, 12, 3, 7)
+    T = ours.logps.shape[1]
+    assert torch.equal(ours.tokens.input_ids, expected[:, : ids.shape[1] + T])
+    torch.testing.assert_close(ours.logps, logps[:, :T], atol=1e-5, rtol=0)
+
+
 def errors(lm, samples):
     "Of kept log-probabilities, and of a full forward pass, against the model in float64."
     exact = completion_logps_of(copy.deepcopy(lm).double(), samples.tokens)
