@@ -82,7 +82,8 @@ def test_extensions_link_to_no_torch_and_no_cuda(name):
     except ImportError as error:
         pytest.skip(str(error))
     linked = subprocess.run(["ldd", module.__file__], capture_output=True, text=True, check=True)
-    assert not re.search(r"torch|c10|cuda|cudart|nvrtc", linked.stdout.replace(module.__file__, ""))
+    names = [line.split()[0] for line in linked.stdout.splitlines()]  # addresses may spell c10
+    assert not [name for name in names if re.search("torch|c10|cuda|nvrtc", name)]
     assert Path(module.__file__).stat().st_size < {"cpu": 1e6, "cuda": 5e6}[name]
 
 
