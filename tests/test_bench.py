@@ -5,6 +5,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from ops_cases import require
@@ -169,9 +170,11 @@ def test_the_committed_record_renders():
         shown = [text for text in bench.table(rows).splitlines()[1:] if text.startswith("  ")]
         assert all(row["peer"] in text for row, text in zip(rows, shown, strict=True))
         assert max(map(len, bench.table(rows).splitlines())) <= 110
-        axes = bench.roofline(recording, op).axes[0]
+        figure = bench.roofline(recording, op)
+        axes = figure.axes[0]
         cases = {(*row["shape"], row["variant"], row["dtype"]) for row in rows}
         assert axes.get_title(loc="left") and len(axes.get_yticklabels()) == len(cases)
+        plt.close(figure)
     assert recording["machine"]["processor"] in bench.origin(recording)
 
 
