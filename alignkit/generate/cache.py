@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .text import Ability, Completion, Request, TextGenerator, Token, check_able
-from ..storage import DiskFull, canonical
+from ..storage import DiskFull, canonical, is_alive
 
 # %% ../../nbs/library/07e_generate_cache.ipynb #e634b01d
 def call_key(
@@ -39,16 +39,6 @@ _TABLE = """create table if not exists calls (
     until real,  -- when that claim is void, in seconds since 1970
     answer text  -- the completion, as JSON
 )"""
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # no signal, only the question
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
 
 
 def _completion(answer: str) -> Completion:
@@ -80,7 +70,7 @@ class Cache:
         self._lock = threading.Lock()
         self._database = sqlite3.connect(self.path, timeout=60, isolation_level=None,
                                          check_same_thread=False)
-        self._database.create_function("alive", 1, _alive)
+        self._database.create_function("alive", 1, is_alive)
         with self._naming_file() as database:
             for pragma in ("journal_mode=wal", "synchronous=full"):
                 database.execute(f"pragma {pragma}")
