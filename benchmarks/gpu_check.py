@@ -306,20 +306,6 @@ def steps(B, T, share, device):
     return rewards, values, torch.rand(B, T, generator=random, device=device) < share
 
 
-def associative_gae(rewards, values, ends, gamma=0.99, lam=0.95):
-    "As torch.associative_scan has it: reversed, scanned forward, reversed."
-    from torch._higher_order_ops.associative_scan import associative_scan
-
-    goes_on = 1.0 - ends.float()
-    a = rewards + gamma * values[:, 1:] * goes_on - values[:, :-1]
-    c = gamma * lam * goes_on
-
-    def join(left, right):
-        return right[0] + right[1] * left[0], left[1] * right[1]
-
-    return associative_scan(join, (a.flip(1), c.flip(1)), dim=1)[0].flip(1)
-
-
 def gae_case(B, T, device, masked=False):
     ops, theirs = installed()
 
@@ -330,7 +316,7 @@ def gae_case(B, T, device, masked=False):
     def exact(rows):
         return (ops.gae_reference(*(at(t, rows) for t in x), mask=at(mask, rows) if masked else None),)
 
-    peers = {} if masked else {"torch.compile, associative_scan": compiled(associative_gae, *x)}
+    peers = {} if masked else {"torch.compile, associative_scan": compiled(theirs.gae_scan, rewards, values, floats)}
     if T <= 128 and not masked:
         peers["loop over columns"] = Peer(lambda: theirs.gae_loop(rewards, values, floats), captured=False)
     return Case("gae", (B, T), "float32", (14 if masked else 13) * B * T, BOTH,

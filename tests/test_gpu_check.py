@@ -117,7 +117,7 @@ def test_a_step_that_failed_is_in_the_file(tmp_path):
 # ---- the benchmarks ------------------------------------------------------------------------
 
 
-def scan(join, x, dim):
+def scan(join, x, dim, combine_mode):
     "What torch.associative_scan does, which wants a GPU."
     rows = [t.unbind(dim) for t in x]
     out = [tuple(column[0] for column in rows)]

@@ -110,7 +110,8 @@ def gae_scan(
     goes_on = 1.0 - terminated
     a = rewards + gamma * values[:, 1:] * goes_on - values[:, :-1]
     pairs = a.flip(1), (gamma * lam * goes_on).flip(1)
-    return associative_scan(_join, pairs, dim=1, combine_mode="generic")[0].flip(1)
+    mode = "pointwise" if a.is_cuda else "generic" # the faster one, which a CPU does not have
+    return associative_scan(_join, pairs, dim=1, combine_mode=mode)[0].flip(1)
 
 # %% ../../nbs/kernels/08_peers.ipynb #896a269d
 @functools.cache
