@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from alignkit.judging.judges import Judge, Task, from_texts, pairwise
+from alignkit.generate.text import Scripted
+from alignkit.judging.judges import Judge, Task, pairwise
 from alignkit.judging.metrics import (
     DEFAULT_PAIRS,
     FLAGGED,
@@ -82,15 +83,15 @@ def test_two_unreadable_verdicts_do_not_agree_and_two_ties_do():
 
 
 def test_verdicts_of_judgements():
-    said = iter(["[[A]]", "[[A]]", "[[C]]", "nothing", "[[x]]", "[[B]]"])
-    judge = Judge(from_texts(lambda prompts: [next(said) for _ in prompts]), Choice(tie="C"))
+    said = ["[[A]]", "[[A]]", "[[C]]", "nothing", "[[x]]", "[[B]]"]
+    judge = Judge(Scripted(said), Choice(tie="C"))
     both = pairwise(judge, [Task("?", ("x", "y"))] * 3)
     assert winners(both).tolist() == [[0, 1], [TIE, UNREAD], [UNREAD, 0]]
     assert winners([]).shape == (0, 2)
 
 
 def test_a_judge_that_always_says_a_scores_half_and_is_flagged():
-    judge = Judge(from_texts(lambda prompts: ["[[A]]"] * len(prompts)), Choice())
+    judge = Judge(Scripted(lambda question: "[[A]]"), Choice())
     verdicts = winners(pairwise(judge, [Task(f"{i}?", ("x", "y")) for i in range(DEFAULT_PAIRS)]))
     labels = np.random.default_rng(0).integers(0, 2, DEFAULT_PAIRS)
     found = report(verdicts, labels)

@@ -10,7 +10,8 @@ trl = pytest.importorskip("trl")
 
 from datasets import Dataset  # noqa: E402
 
-from alignkit.judging.judges import Judge, from_texts  # noqa: E402
+from alignkit.generate.text import Scripted  # noqa: E402
+from alignkit.judging.judges import Judge  # noqa: E402
 from alignkit.judging.scorers import GroupedScorer  # noqa: E402
 from alignkit.judging.verdicts import Choice  # noqa: E402
 from alignkit.models.language import LanguagePolicy, Tokens, tiny_causal_lm  # noqa: E402
@@ -140,11 +141,11 @@ def test_their_reward_function_trains_our_model():
 
 
 def judge_that_likes_e():
-    def choose(prompts):
-        answers = [re.findall(r"<answer [AB] \w+>\n(.*?)\n</answer", text, re.S) for text in prompts]
-        return ["[[A]]" if a.count("e") >= b.count("e") else "[[B]]" for a, b in answers]
+    def choose(question):
+        a, b = re.findall(r"<answer [AB] \w+>\n(.*?)\n</answer", question.text, re.S)
+        return "[[A]]" if a.count("e") >= b.count("e") else "[[B]]"
 
-    return GroupedScorer(Judge(from_texts(choose), Choice()), tokenizer(), GROUP)
+    return GroupedScorer(Judge(Scripted(choose), Choice()), tokenizer(), GROUP)
 
 
 def test_a_judge_trains_their_model(tmp_path):
