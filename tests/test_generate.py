@@ -63,7 +63,7 @@ def test_the_generator_alone_decides(lm):
 def test_written_tokens_are_scored_and_not_sampled(lm):
     ids, mask = padded_prompts()
 
-    def second_is_seven(so_far):
+    def second_is_seven(so_far, _drawn):
         return torch.full((3,), 7 if so_far.shape[1] == 1 else -1)
 
     out = sample(lm, ids, mask, max_new_tokens=3, generator=generator(0, "w"),
@@ -71,6 +71,23 @@ def test_written_tokens_are_scored_and_not_sampled(lm):
     assert (out.tokens.completion_ids[:, 1] == 7).all()
     assert out.sampled.tolist() == [[True, False, True]] * 3
     assert (out.logps[:, 1] < 0).all()
+
+
+def test_a_writer_sees_what_was_drawn_and_may_replace_it(lm):
+    ids, mask = padded_prompts()
+    seen = []
+
+    def never_an_end(so_far, drawn):
+        seen.append(drawn)
+        return torch.where(drawn == 5, 7, -1)
+
+    options = {"max_new_tokens": 12, "eos_token_id": 5, "pad_token_id": 16}
+    plain = sample(lm, ids, mask, generator=generator(0, "w"), **options)
+    out = sample(lm, ids, mask, generator=generator(0, "w"), writer=never_an_end, **options)
+    assert plain.terminated.any() and not out.terminated.any()
+    drawn = torch.stack(seen, 1)
+    assert torch.equal(out.tokens.completion_ids, drawn.masked_fill(drawn == 5, 7))
+    assert torch.equal(out.sampled, drawn != 5)
 
 
 def test_a_full_forward_pass_gives_the_kept_log_probabilities_of_another_architecture():
@@ -90,7 +107,7 @@ def test_a_full_forward_pass_gives_the_kept_log_probabilities_of_another_archite
     ({"prompt_ids": torch.zeros(3).long()}, "prompt_ids"),
     ({"attention_mask": torch.ones(2, 3)}, "attention_mask"),
     ({"attention_mask": torch.tensor([[1, 0], [1, 1]])}, "attention_mask"),
-    ({"writer": lambda so_far: torch.zeros(5)}, "writer"),
+    ({"writer": lambda so_far, drawn: torch.zeros(5)}, "writer"),
 ])
 def test_wrong_arguments_are_refused_by_name(lm, change, name):
     prompts = change.pop("prompt_ids", torch.zeros(2, 2).long())

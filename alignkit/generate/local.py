@@ -202,7 +202,8 @@ def _choose(logits, uniforms, temperature, text: _Text, rows, t, writer, allowed
     token, logp = ops.sample_tokens(logits, uniforms[rows], temperature=temperature)
     if writer is None:
         return token, logp, torch.ones_like(rows, dtype=torch.bool)
-    written = _written(writer(text.ids[:, :t]), text, rows)
+    drawn = torch.full_like(text.ids[:, t], -1).index_copy(0, rows, token)
+    written = _written(writer(text.ids[:, :t], drawn), text, rows)
     forced = written >= 0
     token = torch.where(forced, written, token)
     return token, ops.token_logps(logits, token, temperature=temperature).logps, ~forced
@@ -259,7 +260,7 @@ def sample(
     temperature: float = 1.0,
     eos_token_id: int | None = None,  # None: every completion has max_new_tokens tokens
     pad_token_id: int = 0,  # written after the end of a finished row
-    writer: Callable[[Tensor], Tensor] | None = None,  # (B, t) so far -> (B,) ids or −1
+    writer: Callable[[Tensor, Tensor], Tensor] | None = None,  # (B, t), drawn (B,) -> (B,)
     allowed: Callable[[Tensor], Tensor] | None = None,  # (B, P+t) -> (B, V) bool
     trunk=None,  # frozen lower part of a model cut by `models.split`
 ) -> Samples:

@@ -45,7 +45,7 @@ def _stopper(tokenizer, requests: Sequence[Request]) -> Callable[[Tensor], Tenso
         return None
     tail = 4 + max(len(stop.encode()) for request in requests for stop in request.stop)
 
-    def writer(so_far: Tensor) -> Tensor:  # (B, t) ids -> (B,), −1 where nothing is forced
+    def writer(so_far: Tensor, _drawn: Tensor) -> Tensor:  # (B, t) ids -> (B,), −1: as drawn
         texts = tokenizer.batch_decode(so_far[:, -tail:], skip_special_tokens=True)
         ended = [cut_at_stop(text, request.stop)[1]
                  for text, request in zip(texts, requests, strict=True)]
