@@ -6,11 +6,13 @@ import torch
 from alignkit.models.language import encode, encode_prompts, tiny_causal_lm
 from alignkit.models.scores import tiny_scorelm
 from alignkit.preferences import (
+    Demonstrations,
     PreferencePairs,
     ScoreLMObjective,
     SFTObjective,
     encode_pairs,
     fit_scorelm,
+    fit_sft,
 )
 from alignkit.worlds.grammar import TokenGrammar, grammar_tokenizer, preference_dataset
 
@@ -32,8 +34,28 @@ def test_sft_loss_is_transformers_loss_on_the_completion(tokenizer):
     positions = (tokens.attention_mask.long().cumsum(1) - 1).clamp(min=0)
     theirs = lm(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask.long(),
                 position_ids=positions, labels=labels).loss
-    ours, _ = SFTObjective(lm)(tokens)
+    ours, _ = SFTObjective(lm)(Demonstrations(tokens, tokens.completion_mask))
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_sft_learns_nothing_from_tokens_outside_the_mask(tokenizer):
+    rows = {"prompt": ["a", "b"], "chosen": ["e f g", "h i j"]}
+    tokens = encode(tokenizer, rows["prompt"], rows["chosen"])
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    labels = tokens.input_ids.clone()
+    labels[:, 1:][~mask] = labels[:, 0] = -100
+    lm = tiny_causal_lm(tokenizer, seed=0)
+    theirs = lm(input_ids=tokens.input_ids, labels=labels).loss
+    ours, _ = SFTObjective(lm)(Demonstrations(tokens, mask))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 1).bool(), torch.ones(2, 2), torch.ones(2, 2).bool()])
+def test_masks_of_demonstrations_are_checked(tokenizer, mask):
+    tokens = encode(tokenizer, ["a", "b"], ["e f", "g"])
+    with pytest.raises(ValueError, match="^mask: expected"):
+        fit_sft(tiny_causal_lm(tokenizer, seed=0), tokens, mask=mask, steps=1, batch_size=2,
+                lr=1e-3, seed=0)
 
 
 def test_scorelm_loss_is_the_formula_row_by_row(tokenizer):
