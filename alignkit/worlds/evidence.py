@@ -8,7 +8,7 @@ __all__ = ['SLOTS', 'A', 'B', 'TOKENS', 'IDS', 'PAD', 'EOS', 'OPEN', 'CLOSE', 'W
            'to_text', 'prompts', 'Teacher', 'longest', 'majority', 'teach', 'Reading', 'read']
 
 # %% ../../nbs/library/05c_worlds_evidence.ipynb #2d7c2619
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -117,6 +117,7 @@ class Teacher:
     p_reflect: float = 0.5  # a trace has another reflection
     reflections: int = 1  # at most
     misread: float = 0.05  # share of reports that are wrong
+    p_filler: float = 0.2  # a trace runs on as long as 1 to 3 reflections, without content
 
 
 REFLECTION = 6  # tokens: Wait, two checks of two, a leaning
@@ -182,6 +183,8 @@ def teach(
         notes.reports = np.where(goes_on[:, None], notes.reports, kept)
         columns += [np.where(goes_on, column, PAD)
                     for column in (*reflection, LEANING + verdict)]
+    runs_on = rng.integers(1, 4, len(items)) * (rng.random(len(items)) < teacher.p_filler)
+    columns += [np.where(runs_on > i // REFLECTION, FILLER, PAD) for i in range(3 * REFLECTION)]
     columns += [np.full(len(items), CLOSE), VERDICT + verdict, np.full(len(items), EOS)]
     ids = np.stack(columns, 1)
     order = np.argsort(ids == PAD, axis=1, kind="stable")
