@@ -14,7 +14,8 @@ from typing import Any
 from .runs import require
 
 # %% ../nbs/library/12a_explore.ipynb #9da845b2
-Choices = Sequence[Any]  # (low, high) numbers, or options that are strings
+# (low, high) numbers, options that are strings, or `str` for text that is typed
+Choices = Sequence[Any] | type[str]
 
 
 def _defaults(run: Callable[..., Any], choices: dict[str, Choices]) -> dict[str, Any]:
@@ -24,6 +25,10 @@ def _defaults(run: Callable[..., Any], choices: dict[str, Choices]) -> dict[str,
         if name not in parameters or parameters[name].default is inspect.Parameter.empty:
             raise ValueError(f"{name}: expected a parameter of the function, with a default")
         default = parameters[name].default
+        if isinstance(choice, type):
+            if not isinstance(default, str):
+                raise ValueError(f"{name}: expected a default that is text, got {default!r}")
+            continue
         options = all(isinstance(option, str) for option in choice)
         inside = default in choice if options else (
             len(choice) == 2 and choice[0] <= default <= choice[1])
@@ -36,6 +41,8 @@ def _defaults(run: Callable[..., Any], choices: dict[str, Choices]) -> dict[str,
 def _control(name: str, choice: Choices, default: Any):
     widgets = require("ipywidgets", "notebooks")
     style = {"description": name, "style": {"description_width": "9em"}}
+    if isinstance(choice, type):
+        return widgets.Text(value=default, **style)
     if isinstance(default, str):
         return widgets.Dropdown(options=list(choice), value=default, **style)
     low, high = choice
@@ -81,7 +88,7 @@ def _front_end() -> bool:
 
 def explore(
     run: Callable[..., Any],  # shows what it does; its parameters have defaults
-    **choices: Choices,  # (low, high) for a number, the options for a string
+    **choices: Choices,  # (low, high) for a number, options for a string, `str` to type one
 ) -> Any:  # what `run` returns with its defaults
     "Runs once with the defaults; in Jupyter, controls to run it again stand above."
     defaults = _defaults(run, choices)

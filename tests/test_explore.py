@@ -39,6 +39,19 @@ def test_each_setting_has_its_control_and_the_button_runs_with_their_values():
     assert seen == [(0.1, 2.0, "I", 7)] and not button.disabled
 
 
+def test_text_may_be_typed():
+    seen = []
+
+    def run(comparison="AAB"):
+        seen.append(comparison)
+
+    text, button, _ = room.controls(run, comparison=str).children
+    assert type(text).__name__ == "Text" and text.value == "AAB"
+    text.value = "BBA"
+    button.click()
+    assert seen == ["BBA"]
+
+
 def test_the_button_comes_back_after_a_failure():
     def run(world="S"):
         raise RuntimeError("on purpose")
@@ -52,7 +65,8 @@ def test_the_button_comes_back_after_a_failure():
 @pytest.mark.parametrize("choices, message", [
     ({"speed": (0.0, 1.0)}, "^speed: expected a parameter"),
     ({"eps_beta": (0.1, 0.5)}, "^eps_beta: expected the default 0.05 among"),
-    ({"world": ("A", "I")}, "^world: expected the default 'S' among")])
+    ({"world": ("A", "I")}, "^world: expected the default 'S' among"),
+    ({"rounds": str}, "^rounds: expected a default that is text, got 4")])
 def test_settings_that_do_not_fit_the_function_are_refused(choices, message):
     run, seen = recorder()
     with pytest.raises(ValueError, match=message):
