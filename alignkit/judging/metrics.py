@@ -220,10 +220,11 @@ class Flips:
 
 def flips(
     before: np.ndarray, # (n,) or (n, k)
-    after: np.ndarray, # the same items
+    after: np.ndarray, # the same pairs
     labels: np.ndarray, # (n,)
+    items: np.ndarray | None = None, # (n,) as in `estimate`
 ) -> Flips:
-    "The flip matrix; k verdicts on one item count as one item in the intervals."
+    "The flip matrix; k verdicts on one pair count as one in the intervals."
     if before.shape != after.shape:
         raise ValueError(f"after: expected shape {before.shape}, got {after.shape}")
     state = [np.where(x < 0, 2, 1 - credit(x, labels)).astype(int).reshape(len(x), -1)
@@ -231,9 +232,9 @@ def flips(
     counts = np.zeros((3, 3), dtype=int)
     np.add.at(counts, tuple(state), 1)
     (was, now), right, wrong = state, 0, 1
-    return Flips(counts, estimate(((was == wrong) & (now == right)).mean(1)),
-                 estimate(((was == right) & (now == wrong)).mean(1)),
-                 estimate(((now == right) * 1.0 - (was == right)).mean(1)))
+    return Flips(counts, estimate(((was == wrong) & (now == right)).mean(1), items),
+                 estimate(((was == right) & (now == wrong)).mean(1), items),
+                 estimate(((now == right) * 1.0 - (was == right)).mean(1), items))
 
 # %% ../../nbs/library/11b_judging_metrics.ipynb #ba243e33
 def item_slopes(
@@ -267,8 +268,9 @@ def control(
 
 def relative_gain(
     before: np.ndarray, # (n,) credit
-    after: np.ndarray, # (n,) of the same items
+    after: np.ndarray, # (n,) of the same pairs
+    items: np.ndarray | None = None, # (n,) as in `estimate`
 ) -> Estimate: # accuracy after over before, − 1
     "How much larger the accuracy became, as a share of what it was."
-    found = ratio(after, before)
+    found = ratio(after, before, items)
     return Estimate(found.value - 1, found.low - 1, found.high - 1, found.n)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['THINK', 'END', 'Forced', 'BudgetForcing', 'Curve', 'n_curve', 'slope', 'slope_difference', 'flip_matrices', 'trend',
-           'Votes', 'ask_votes', 'majority_at', 'majority_curve', 'filler_curve']
+           'Votes', 'ask_votes', 'majority_at', 'majority_curve', 'filler_curve', 'verdict_probability',
+           'vote_probability', 'verdict_entropy', 'Certainty', 'confidence', 'certainty']
 
 # %% ../../nbs/library/11e_judging_scaling.ipynb #ef7f3467
 from collections.abc import Collection, Sequence
@@ -22,6 +23,7 @@ from alignkit.generate.text import (
 )
 from .judges import Judge, Judgement, Task, pairwise
 from alignkit.judging.metrics import (
+    TIE,
     UNREAD,
     Estimate,
     Flips,
@@ -30,12 +32,13 @@ from alignkit.judging.metrics import (
     flips,
     item_slopes,
     majority_vote,
-    ratio,
     relative_gain,
     s1_scaling,
     winners,
 )
+from .verdicts import Choice
 from ..runs import derive_seed
+from ..stats import calibration_error
 
 # %% ../../nbs/library/11e_judging_scaling.ipynb #0e4cc964
 THINK, END = "<think>", "</think>"
@@ -169,7 +172,7 @@ class Curve:
     thinking: np.ndarray        # (n, 2, L) thinking tokens
     tokens: np.ndarray          # (n, 2, L) all tokens of the completion
     truncated: np.ndarray       # (n, 2, L) bool
-    clusters: np.ndarray | None = None # (n,) pairs of one number share a prompt; None: none do
+    items: np.ndarray | None = None # (n,) int, alike where pairs share a prompt; None: nowhere
 
     @property
     def right(self) -> np.ndarray: # (n, L) credit, mean of the orders
@@ -181,37 +184,22 @@ class Curve:
         "Thinking tokens at each level."
         return self.thinking.mean((0, 1))
 
-    def over_pairs(
-        self,
-        figures: np.ndarray, # (n,) one a pair
-    ) -> Estimate: # its interval is clustered by what the pairs share
-        "The mean over pairs."
-        if self.clusters is None:
-            return estimate(figures)
-        return ratio(self.by_cluster(figures), self.by_cluster(np.ones(len(figures))))
-
-    def by_cluster(self, figures: np.ndarray) -> np.ndarray: # (n,) -> (clusters,)
-        "Sums over pairs that share a prompt."
-        if self.clusters is None:
-            return figures
-        return np.bincount(np.unique(self.clusters, return_inverse=True)[1], figures)
-
     @property
     def accuracy(self) -> list[Estimate]: # (L,)
         "At each level."
-        return [self.over_pairs(figures) for figures in self.right.T]
+        return [estimate(figures, self.items) for figures in self.right.T]
 
 def n_curve(
     judge: Judge, # around a `BudgetForcing`
     tasks: Sequence[Task], # n of two answers
     labels: np.ndarray, # (n,)
     waits: Sequence[int] = (0, 1, 2, 3),
-    clusters: np.ndarray | None = None, # (n,) pairs that share a prompt share a number
+    items: np.ndarray | None = None, # (n,) as in `metrics.estimate`
 ) -> Curve:
     "Ask in both orders at every level."
     forcing = _forcing(judge)
     levels = [pairwise(replace(judge, generator=replace(forcing, waits=n)), tasks) for n in waits]
-    return _curve(waits, labels, levels, clusters)
+    return _curve(waits, labels, levels, items)
 
 def _forcing(judge: Judge) -> BudgetForcing:
     if not isinstance(judge.generator, BudgetForcing):
@@ -219,13 +207,13 @@ def _forcing(judge: Judge) -> BudgetForcing:
                         f"{type(judge.generator).__name__}")
     return judge.generator
 
-def _curve(waits, labels, levels: Sequence[Sequence[tuple[Judgement, Judgement]]], clusters):
+def _curve(waits, labels, levels: Sequence[Sequence[tuple[Judgement, Judgement]]], items):
     thinking, tokens, truncated = (
         np.array([[[getattr(j.completion, name) for j in both] for both in level]
                   for level in levels]).transpose(1, 2, 0)
         for name in ("thinking_tokens", "completion_tokens", "truncated"))
     verdicts = np.stack([winners(level) for level in levels], 2)
-    return Curve(tuple(waits), np.asarray(labels), verdicts, thinking, tokens, truncated, clusters)
+    return Curve(tuple(waits), np.asarray(labels), verdicts, thinking, tokens, truncated, items)
 
 # %% ../../nbs/library/11e_judging_scaling.ipynb #623c8f1c
 def _slopes(curve: Curve, per: str) -> np.ndarray: # (n,)
@@ -239,7 +227,7 @@ def slope(
     per: str = "wait", # or "token", of mean thinking
 ) -> Estimate:
     "Accuracy per wait, or per thinking token."
-    return curve.over_pairs(_slopes(curve, per))
+    return estimate(_slopes(curve, per), curve.items)
 
 def slope_difference(
     curve: Curve,
@@ -248,7 +236,7 @@ def slope_difference(
 ) -> Estimate: # above 0: the first rises faster
     "The difference of two slopes, pair by pair."
     _same_pairs(curve, other)
-    return curve.over_pairs(_slopes(curve, per) - _slopes(other, per))
+    return estimate(_slopes(curve, per) - _slopes(other, per), curve.items)
 
 def _same_pairs(curve: Curve, other: Curve):
     if not np.array_equal(curve.labels, other.labels):
@@ -260,19 +248,20 @@ def flip_matrices(
 ) -> list[Flips]: # (L − 1,) from the first level to each other
     "Wrong to right and right to wrong."
     first, *later = np.moveaxis(curve.verdicts, 2, 0)
-    return [flips(first, verdicts, curve.labels) for verdicts in later]
+    return [flips(first, verdicts, curve.labels, curve.items) for verdicts in later]
 
 def trend(curve: Curve) -> dict[str, Estimate | float]: # by the figure's name
     "Slope, gains and s1's figures, from the first level to the last."
     first, last = curve.right[:, 0], curve.right[:, -1]
-    accuracy = [a.value for a in curve.accuracy]
+    accuracy, levels = [a.value for a in curve.accuracy], curve.mean_thinking
     return {
         "slope per wait": slope(curve),
         "slope per 100 tokens": _scaled(slope(curve, "token"), 100),
-        "gain": curve.over_pairs(last - first),
-        "relative gain": relative_gain(*map(curve.by_cluster, (first, last))),
-        "truncated at the last": curve.over_pairs(curve.truncated[:, :, -1].mean(1)),
-        "s1 scaling per 100 tokens": 100 * s1_scaling(curve.mean_thinking, accuracy),
+        "gain": estimate(last - first, curve.items),
+        "relative gain": relative_gain(first, last, curve.items),
+        "truncated at the last": estimate(curve.truncated[:, :, -1].mean(1), curve.items),
+        "s1 scaling per 100 tokens": 100 * s1_scaling(levels, accuracy)
+        if len(set(levels)) == len(levels) else float("nan"), # where a level added nothing
         "s1 performance": max(accuracy),
     }
 
@@ -335,4 +324,94 @@ def filler_curve(
     forcings = [replace(_forcing(judge), waits=min(int(extra), 1), continuation=unit * int(extra),
                         where="thinking", resume=False) for extra in more]
     levels = [pairwise(replace(judge, generator=forcing), tasks) for forcing in forcings]
-    return _curve(curve.waits, curve.labels, levels, curve.clusters)
+    return _curve(curve.waits, curve.labels, levels, curve.items)
+
+# %% ../../nbs/library/11e_judging_scaling.ipynb #3fdc8e9b
+def verdict_probability(
+    judgement: Judgement, # of two answers, asked with `top_logprobs`
+    form: Choice,
+) -> float: # NaN where no single token holds the verdict's label, or the other is not listed
+    "P(the first answer is better), of the label that stands in the mark that was read."
+    if judgement.completion.tokens is None:
+        raise ValueError("judgement: expected log-probabilities, got none; give the judge "
+                         "top_logprobs")
+    if judgement.winner is None or judgement.choice is None:
+        return float("nan")
+    label, other = form.labels[judgement.choice], form.labels[1 - judgement.choice]
+    start = _label_start(judgement, label)
+    for token in judgement.completion.tokens:
+        if 0 <= start <= len(token.text) - len(label):
+            before, after = token.text[:start], token.text[start + len(label):]
+            if before + other + after not in token.top:
+                return float("nan")
+            odds = np.exp(token.top[before + other + after] - token.logp)
+            p = 1 / (1 + odds)
+            return float(p if judgement.winner == 0 else 1 - p)
+        start -= len(token.text)
+    return float("nan")
+
+def _label_start(judgement: Judgement, label: str) -> int: # in the text of all tokens
+    text = "".join(token.text for token in judgement.completion.tokens or ())
+    tag = judgement.question.tag
+    opening = f"[[{tag}:" if tag else "[["
+    return text.find(label, text.rfind(opening) + len(opening))
+
+def vote_probability(
+    verdicts: np.ndarray, # (..., k) as in `metrics`
+) -> np.ndarray: # (...,) NaN where no vote could be read
+    "P(the first answer is better) as a share of k votes, a tie half of each."
+    first = (verdicts == 0).sum(-1) + 0.5 * (verdicts == TIE).sum(-1)
+    read = (verdicts != UNREAD).sum(-1)
+    return np.where(read > 0, first / np.maximum(read, 1), np.nan)
+
+def verdict_entropy(
+    p: np.ndarray, # (...,) of the first answer
+) -> np.ndarray: # (...,) nats, in [0, log 2]
+    "How unsure a judge is between two answers."
+    from scipy.special import entr  # type: ignore[import-untyped]
+
+    p = np.asarray(p, dtype=np.float64)
+    return entr(p) + entr(1 - p)
+
+# %% ../../nbs/library/11e_judging_scaling.ipynb #70dc3861
+@dataclass(frozen=True)
+class Certainty:
+    "What forcing did to how sure a judge is, and to how often it is right."
+    entropy: Estimate   # of the verdict, after − before, nats
+    accuracy: Estimate  # after − before
+    calibration: tuple[float, float] # expected calibration error, before and after
+
+    @property
+    def artificial(self) -> bool: # by both intervals
+        "Surer, and not shown to be better."
+        return self.entropy.high < 0 and not self.accuracy.low > 0
+
+def confidence(
+    p: np.ndarray, # (n,) of the first answer, finite
+    labels: np.ndarray, # (n,)
+) -> tuple[np.ndarray, np.ndarray]: # (n,) in [0.5, 1]; (n,) 1 right, 0 wrong, 0.5 undecided
+    "What `stats.calibration_error` and `stats.risk_coverage` read."
+    right = np.where(p == 0.5, 0.5, (p < 0.5) == (np.asarray(labels) == 1))
+    return np.maximum(p, 1 - p), right
+
+def certainty(
+    before: np.ndarray, # (n, m) of the first answer; m questions on each pair
+    after: np.ndarray, # (n, m) of the same questions
+    labels: np.ndarray, # (n,)
+    items: np.ndarray | None = None, # (n,) as in `metrics.estimate`
+) -> Certainty: # over questions that were read both times
+    "Entropy and accuracy of the same verdicts, before and after."
+    if before.shape != after.shape or before.shape[:1] != np.shape(labels):
+        raise ValueError(f"after, labels: expected shapes {before.shape} and {before.shape[:1]}, "
+                         f"got {after.shape} and {np.shape(labels)}")
+    both = np.isfinite(before) & np.isfinite(after)
+    truth = np.broadcast_to(np.asarray(labels)[:, None], before.shape)
+    judged = [confidence(p[both], truth[both]) for p in (before, after)]
+    gain, surer = np.full(before.shape, np.nan), verdict_entropy(after) - verdict_entropy(before)
+    gain[both] = judged[1][1] - judged[0][1]
+    entropy, accuracy = (estimate(_mean_of_read(x, both), items) for x in (surer, gain))
+    return Certainty(entropy, accuracy, (calibration_error(*judged[0]), calibration_error(*judged[1])))
+
+def _mean_of_read(figures: np.ndarray, read: np.ndarray) -> np.ndarray: # (n, m) -> (n,)
+    count = read.sum(1)
+    return np.where(count > 0, np.where(read, figures, 0).sum(1) / np.maximum(count, 1), np.nan)
