@@ -14,7 +14,7 @@ from alignkit.judging.benchmarks import (
     rewardbench_scores,
     rewardmath_scores,
 )
-from alignkit.judging.metrics import TIE, UNREAD
+from alignkit.judging.metrics import TIE, UNREAD, estimate
 
 
 def lines(path, rows):
@@ -74,6 +74,8 @@ def test_codeprefbench_names_its_aspects_by_file(tmp_path):
     # the conversations part before the last turn: the rest of both is what is judged
     ("\n\nHuman: Hi\n\nAssistant: A\n\nHuman: B\n\nAssistant: C", "\n\nHuman: Hi\n\nAssistant: D", "Human: Hi",
      {"A\n\nHuman: B\n\nAssistant: C", "D"}),
+    ("\n\nHuman: Hi\n\nAssistant: A\n\nHuman: B\n\nAssistant: C", "\n\nHuman: Hi\n\nAssistant: A\n\nHuman: B\n\nAssistant: D",
+     "Human: Hi\n\nAssistant: A\n\nHuman: B", {"C", "D"}),
     # an answer that begins like the other
     ("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Hi\n\nAssistant: Yes, sir", "Human: Hi", {"Yes", "Yes, sir"})])
 def test_anthropics_conversations(chosen, rejected, prompt, answers):
@@ -157,6 +159,7 @@ def test_rewardmath_scores_by_hand():
     right[9], right[18:] = 0.5, 0  # one tie in the second problem; the third loses all
     scores = rewardmath_scores(right, problems)
     assert scores["pairwise"].value == pytest.approx((9 + 8.5) / 27)
+    assert scores["pairwise"].high - scores["pairwise"].low > 2 * (estimate(right).high - estimate(right).low)
     assert scores["beats all"].value == pytest.approx(1 / 3) and scores["beats all"].n == 3
     assert scores["MRR"].value == pytest.approx((1 + 1 / 2 + 1 / 10) / 3)
 
