@@ -24,6 +24,7 @@ from alignkit.judging.scaling import (
     majority_at,
     majority_curve,
     n_curve,
+    probabilities,
     slope,
     slope_difference,
     trend,
@@ -326,6 +327,8 @@ def test_the_probability_of_a_verdict_by_hand():
     assert verdict_probability(swapped, form) == pytest.approx(0.2 / 0.8)  # of the first as given
     whole = Token(" [[B]]", np.log(0.5), {" [[B]]": np.log(0.5), " [[A]]": np.log(0.5)})
     assert verdict_probability(judged((whole,), form)[0], form) == pytest.approx(0.5)
+    opened = (Token("A", np.log(0.8), {"A": np.log(0.8), "B": np.log(0.2)}), token("]]", a=1.0))
+    assert verdict_probability(judged(opened, form, "hm</think>[[A]]")[0], form) == pytest.approx(0.8)
     unlisted = Token(" [[B]]", np.log(0.5), {" [[B]]": np.log(0.5)})
     assert np.isnan(verdict_probability(judged((unlisted,), form)[0], form))
     assert np.isnan(verdict_probability(judged((token("Hm", a=1.0),), form)[0], form))  # missing
@@ -334,6 +337,29 @@ def test_the_probability_of_a_verdict_by_hand():
     assert np.isnan(verdict_probability(judged(split, yes)[0], yes))
     with pytest.raises(ValueError, match="top_logprobs"):
         verdict_probability(Judge(Scripted(["[[A]]"]), form)([TASK])[0], form)
+
+
+def test_probabilities_of_a_curve_and_what_forcing_did_to_them():
+    "Forced, this judge says the same with more confidence."
+    class Sure(Scripted):
+        can = ("continues", "logprobs")
+
+        def generate(self, requests):
+            return [self._one(request) for request in requests]
+
+        def _one(self, request):
+            p = 0.95 if "Wait" in request.prefix else 0.55
+            tokens = (token("[[", a=1.0), Token("A", np.log(p), {"A": np.log(p), "B": np.log(1 - p)}), token("]]", a=1.0))
+            return Completion("[[A]]", "stop", 5, 3, tokens=tokens if request.top_logprobs else None)
+
+    judge = Judge(BudgetForcing(Sure([])), Choice(), top_logprobs=5)
+    curve = n_curve(judge, TASKS, LABELS, waits=(0, 1))
+    p = probabilities(curve, Choice())
+    np.testing.assert_allclose(p[0], [[0.55, 0.95], [0.45, 0.05]])
+    found = certainty(p[:, :, 0], p[:, :, 1], LABELS)
+    assert found.artificial and found.accuracy.value == 0
+    np.testing.assert_allclose(found.calibration, [0.05, 0.45])  # right half of the time: it always says A
+    assert curve.outcomes == [{"decided": 80, "tie": 0, "missing": 0, "malformed": 0, "unfinished": 0}] * 2
 
 
 def test_the_probability_of_a_tagged_verdict():
@@ -399,5 +425,6 @@ def test_a_local_model_that_ends_early_is_made_to_go_on(model):
 def test_a_curve_of_a_local_model_counts_every_outcome(model):
     judge = Judge(BudgetForcing(model, answer_tokens=4, continuation=" wait"), Choice(), max_new_tokens=24)
     curve = n_curve(judge, TASKS[:3], LABELS[:3], waits=(0, 1))
+    assert [o["missing"] for o in curve.outcomes] == [6, 6]
     assert isinstance(curve, Curve) and curve.verdicts.shape == (3, 2, 2) and (curve.verdicts == UNREAD).all()
     assert estimate(curve.right[:, 0]).value == 0 and (curve.thinking < curve.tokens).all()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['THINK', 'END', 'Forced', 'BudgetForcing', 'Curve', 'n_curve', 'slope', 'slope_difference', 'flip_matrices', 'trend',
            'Votes', 'ask_votes', 'majority_at', 'majority_curve', 'filler_curve', 'verdict_probability',
-           'vote_probability', 'verdict_entropy', 'Certainty', 'confidence', 'certainty']
+           'probabilities', 'vote_probability', 'verdict_entropy', 'Certainty', 'confidence', 'certainty']
 
 # %% ../../nbs/library/11e_judging_scaling.ipynb #ef7f3467
 from collections.abc import Collection, Sequence
@@ -36,7 +36,7 @@ from alignkit.judging.metrics import (
     s1_scaling,
     winners,
 )
-from .verdicts import Choice
+from .verdicts import Choice, counted
 from ..runs import derive_seed
 from ..stats import calibration_error
 
@@ -92,7 +92,7 @@ class BudgetForcing:
     resume: bool = True        # False: nothing is thought after a continuation (filler)
     answer_tokens: int = 64    # of `max_new_tokens`, for what follows the thinking
     opening: str = THINK       # "" where the chat template writes it
-    closing: str = END         # more after it steers the answer; s1 suggests "Final Answer:"
+    closing: str = END         # words after it steer the answer; s1 suggests "Final Answer:"
     can: Collection[Ability] = field(init=False)
 
     def __post_init__(self):
@@ -173,6 +173,7 @@ class Curve:
     tokens: np.ndarray          # (n, 2, L) all tokens of the completion
     truncated: np.ndarray       # (n, 2, L) bool
     items: np.ndarray | None = None # (n,) int, alike where pairs share a prompt; None: nowhere
+    judgements: Sequence[Sequence[tuple[Judgement, Judgement]]] = () # (L, n) where there are such
 
     @property
     def right(self) -> np.ndarray: # (n, L) credit, mean of the orders
@@ -188,6 +189,11 @@ class Curve:
     def accuracy(self) -> list[Estimate]: # (L,)
         "At each level."
         return [estimate(figures, self.items) for figures in self.right.T]
+
+    @property
+    def outcomes(self) -> list[dict[str, int]]: # (L,) of all questions of a level
+        "How often each outcome came; print it beside the accuracy."
+        return [counted(j.outcome for both in level for j in both) for level in self.judgements]
 
 def n_curve(
     judge: Judge, # around a `BudgetForcing`
@@ -213,7 +219,8 @@ def _curve(waits, labels, levels: Sequence[Sequence[tuple[Judgement, Judgement]]
                   for level in levels]).transpose(1, 2, 0)
         for name in ("thinking_tokens", "completion_tokens", "truncated"))
     verdicts = np.stack([winners(level) for level in levels], 2)
-    return Curve(tuple(waits), np.asarray(labels), verdicts, thinking, tokens, truncated, items)
+    return Curve(tuple(waits), np.asarray(labels), verdicts, thinking, tokens, truncated, items,
+                 levels)
 
 # %% ../../nbs/library/11e_judging_scaling.ipynb #623c8f1c
 def _slopes(curve: Curve, per: str) -> np.ndarray: # (n,)
@@ -253,17 +260,21 @@ def flip_matrices(
 def trend(curve: Curve) -> dict[str, Estimate | float]: # by the figure's name
     "Slope, gains and s1's figures, from the first level to the last."
     first, last = curve.right[:, 0], curve.right[:, -1]
-    accuracy, levels = [a.value for a in curve.accuracy], curve.mean_thinking
     return {
         "slope per wait": slope(curve),
         "slope per 100 tokens": _scaled(slope(curve, "token"), 100),
         "gain": estimate(last - first, curve.items),
         "relative gain": relative_gain(first, last, curve.items),
         "truncated at the last": estimate(curve.truncated[:, :, -1].mean(1), curve.items),
-        "s1 scaling per 100 tokens": 100 * s1_scaling(levels, accuracy)
-        if len(set(levels)) == len(levels) else float("nan"), # where a level added nothing
-        "s1 performance": max(accuracy),
+        "s1 scaling per 100 tokens": 100 * _s1_scaling(curve),
+        "s1 performance": max(a.value for a in curve.accuracy),
     }
+
+def _s1_scaling(curve: Curve) -> float: # NaN where a level added no thinking
+    levels = curve.mean_thinking
+    if len(set(levels)) < len(levels):
+        return float("nan")
+    return s1_scaling(levels, [a.value for a in curve.accuracy])
 
 def _scaled(x: Estimate, by: float) -> Estimate:
     return Estimate(x.value * by, x.low * by, x.high * by, x.n)
@@ -297,10 +308,10 @@ def majority_at(
     "The majority of the votes that the budget buys, at least one."
     n, orders, k = votes.verdicts.shape
     verdicts, tokens = votes.verdicts.reshape(-1, k), votes.tokens.reshape(-1, k)
-    counted = np.cumsum(tokens, 1) <= np.asarray(budget).reshape(-1, 1)
-    counted[:, 0] = True
-    winner = majority_vote(np.where(counted, verdicts, UNREAD))
-    return winner.reshape(n, orders), (tokens * counted).sum(1).reshape(n, orders)
+    bought = np.cumsum(tokens, 1) <= np.asarray(budget).reshape(-1, 1)
+    bought[:, 0] = True
+    winner = majority_vote(np.where(bought, verdicts, UNREAD))
+    return winner.reshape(n, orders), (tokens * bought).sum(1).reshape(n, orders)
 
 def majority_curve(
     votes: Votes,
@@ -310,7 +321,7 @@ def majority_curve(
     levels = [majority_at(votes, curve.tokens[:, :, level]) for level in range(len(curve.waits))]
     verdicts, spent = (np.stack(x, 2) for x in zip(*levels, strict=True))
     return replace(curve, verdicts=verdicts, thinking=spent, tokens=spent,
-                   truncated=np.zeros(spent.shape, bool))
+                   truncated=np.zeros(spent.shape, bool), judgements=())
 
 # %% ../../nbs/library/11e_judging_scaling.ipynb #4445f348
 def filler_curve(
@@ -320,7 +331,7 @@ def filler_curve(
     unit: str = " .", # one token
 ) -> Curve:
     "The first thought, then filler of the length of the others."
-    more = np.round(curve.mean_thinking - curve.mean_thinking[0]).astype(int)
+    more = np.maximum(np.round(curve.mean_thinking - curve.mean_thinking[0]), 0).astype(int)
     forcings = [replace(_forcing(judge), waits=min(int(extra), 1), continuation=unit * int(extra),
                         where="thinking", resume=False) for extra in more]
     levels = [pairwise(replace(judge, generator=forcing), tasks) for forcing in forcings]
@@ -354,7 +365,16 @@ def _label_start(judgement: Judgement, label: str) -> int: # in the text of all 
     text = "".join(token.text for token in judgement.completion.tokens or ())
     tag = judgement.question.tag
     opening = f"[[{tag}:" if tag else "[["
-    return text.find(label, text.rfind(opening) + len(opening))
+    opened = text.rfind(opening)
+    return text.find(label, opened + len(opening) if opened >= 0 else 0) # or by `closing`
+
+def probabilities(
+    curve: Curve, # with judgements
+    form: Choice,
+) -> np.ndarray: # (n, 2, L)
+    "`verdict_probability` of every question at every level."
+    return np.array([[[verdict_probability(j, form) for j in both] for both in level]
+                     for level in curve.judgements]).transpose(1, 2, 0)
 
 def vote_probability(
     verdicts: np.ndarray, # (..., k) as in `metrics`
