@@ -36,6 +36,8 @@ class Estimate:
     n: int # pairs behind it
 
     def __str__(self) -> str:
+        if self.n == 0:
+            return "no pair says anything of it"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"
 
 def estimate(
@@ -59,8 +61,6 @@ def _of_items(x: np.ndarray, items: np.ndarray) -> Estimate: # of the pairs
     number = len(np.unique(items))
     if (x == x[0]).all() and x[0] in (0, 1): # a spread of 0 would promise too much
         return Estimate(float(x[0]), *wilson_interval(int(x[0]) * number, number), len(x))
-    if number == 1:
-        return Estimate(float(x.mean()), np.nan, np.nan, len(x))
     return ratio(x, np.ones(len(x)), items)
 
 def _sums(x: np.ndarray, items: np.ndarray) -> np.ndarray: # one an item
@@ -80,7 +80,7 @@ def ratio(
     if base == 0:
         raise ValueError("bottom: a share of nothing is undefined, got a mean of 0")
     value = np.mean(top) / base
-    low, high = mean_interval((top - value * bottom) / base)
+    low, high = mean_interval((top - value * bottom) / base) if len(bottom) > 1 else (np.nan, np.nan)
     return Estimate(float(value), float(value + low), float(value + high), n)
 
 # %% ../../nbs/library/11b_judging_metrics.ipynb #17cab590
