@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from alignkit.judging.benchmarks import (
-    LAYOUTS,
+    NAMED_SETS,
     SECTIONS,
     codeprefbench_scores,
     read_named,
@@ -66,6 +66,7 @@ def test_codeprefbench_names_its_aspects_by_file(tmp_path):
         gzip.compress(json.dumps({**row, "annotations": ["Tie"], "gt_choice": 0}).encode() + b"\n"))
     found = read_named("codeprefbench", tmp_path)
     assert found.subsets.tolist() == ["correctness", "human-preference"] and found.pairs.labels.tolist() == [1, 0]
+    assert read_named("codeprefbench", tmp_path / "correctness-alignment.jsonl").subsets.tolist() == ["correctness"]
     assert ["gt_choice" in found.pairs.rejected[0].reason, "choices" in found.pairs.rejected[1].reason] == [True, True]
 
 
@@ -172,7 +173,7 @@ def test_codeprefbench_gives_a_half_where_nothing_was_decided():
 
 
 def test_every_layout_reads_what_it_names():
-    for name, layout in LAYOUTS.items():
+    for name, layout in NAMED_SETS.items():
         with pytest.raises(KeyError) as missing:
             layout.parse({})
         assert missing.value.args[0] in layout.columns, name
