@@ -109,10 +109,9 @@ class LocalModel:
         "One completion a request, in their order."
         check_able(self, requests)
         texts = [prompt_text(self.tokenizer, request) for request in requests]
-        can_end = self.tokenizer.eos_token_id is not None
 
         def alike(i: int) -> tuple:
-            length = 0 if can_end else requests[i].max_new_tokens
+            length = requests[i].max_new_tokens if self.tokenizer.eos_token_id is None else 0
             return length, requests[i].temperature, len(texts[i]), texts[i]
 
         done: dict[int, Completion] = {}
@@ -132,7 +131,8 @@ class LocalModel:
         chosen = [requests[i] for i in rows]
         prompt_ids, mask = encode_prompts(self.tokenizer, [texts[i] for i in rows])
         length, temperature = chosen[0].max_new_tokens, chosen[0].temperature
-        self._check_room(rows, mask, [request.max_new_tokens for request in chosen])
+        for row, i in enumerate(rows):
+            self._check_room([i], mask[row : row + 1], requests[i].max_new_tokens)
         generators = [torch.Generator().manual_seed(derive_seed(request.seed, "completion"))
                       for request in chosen]
         device = self.lm.device
@@ -143,9 +143,9 @@ class LocalModel:
             writer=_stopper(self.tokenizer, chosen))
         return dict(zip(rows, self._read(samples, chosen), strict=True))
 
-    def _check_room(self, rows: list[int], mask: Tensor, lengths: list[int]):
+    def _check_room(self, rows: list[int], mask: Tensor, length: int):
         room = getattr(self.lm.config, "max_position_embeddings", None)
-        for i, used, length in zip(rows, mask.sum(1).tolist(), lengths, strict=True):
+        for i, used in zip(rows, mask.sum(1).tolist(), strict=True):
             if room is not None and used + length > room:
                 raise ValueError(f"requests[{i}]: expected at most {room} tokens, got a prompt of "
                                  f"{used} and max_new_tokens of {length}")
