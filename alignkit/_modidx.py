@@ -574,7 +574,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'alignkit/judging/scaling.py'),
                                           'alignkit.judging.scaling._note_cuts': ( 'library/judging_scaling.html#_note_cuts',
                                                                                    'alignkit/judging/scaling.py'),
-                                          'alignkit.judging.scaling._s1_scaling': ( 'library/judging_scaling.html#_s1_scaling',
+                                          'alignkit.judging.scaling._per_tokens': ( 'library/judging_scaling.html#_per_tokens',
                                                                                     'alignkit/judging/scaling.py'),
                                           'alignkit.judging.scaling._same_pairs': ( 'library/judging_scaling.html#_same_pairs',
                                                                                     'alignkit/judging/scaling.py'),

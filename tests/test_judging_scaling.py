@@ -237,7 +237,11 @@ def test_truncation_is_counted_by_level_and_where_a_level_adds_nothing_s1_has_no
     curve = n_curve(replace(known_judge(), max_new_tokens=64 + 20), TASKS, LABELS)
     assert curve.truncated.mean((0, 1)).tolist() == [0, 0, 1, 1]
     assert curve.mean_thinking[2] == curve.mean_thinking[3]
-    assert np.isnan(trend(curve)["s1 scaling per 100 tokens"]) and trend(curve)["truncated at the last"].value == 1
+    figures = trend(curve)
+    assert "s1 scaling per 100 tokens" not in figures and "slope per 100 tokens" in figures
+    assert figures["truncated at the last"].value == 1 and figures["gain"].value == pytest.approx(0.1)
+    still = n_curve(replace(known_judge(), max_new_tokens=64 + 5), TASKS, LABELS)
+    assert "slope per 100 tokens" not in trend(still) and trend(still)["gain"].value == 0
 
 
 def test_an_interrupted_curve_repeats_no_finished_call(tmp_path):
@@ -384,6 +388,8 @@ def test_certainty_by_hand():
     assert np.isnan(vote_probability(np.array([UNREAD]))) and vote_probability(np.array([0, TIE])) == 0.75
     coverage, risk = risk_coverage(*confidence(np.array([0.9, 0.6, 0.2]), np.array([0, 1, 1])))
     assert coverage.tolist() == pytest.approx([1 / 3, 2 / 3, 1]) and risk.tolist() == pytest.approx([0, 0, 1 / 3])
+    with pytest.raises(ValueError, match="read both times, got none"):
+        certainty(before, np.full((3, 2), np.nan), labels)
     with pytest.raises(ValueError, match="after, labels: expected shapes"):
         certainty(before, after[:2], labels)
 
@@ -426,5 +432,6 @@ def test_a_curve_of_a_local_model_counts_every_outcome(model):
     judge = Judge(BudgetForcing(model, answer_tokens=4, continuation=" wait"), Choice(), max_new_tokens=24)
     curve = n_curve(judge, TASKS[:3], LABELS[:3], waits=(0, 1))
     assert [o["missing"] for o in curve.outcomes] == [6, 6]
+    assert set(trend(curve)) == {"slope per wait", "gain", "truncated at the last", "s1 performance"}
     assert isinstance(curve, Curve) and curve.verdicts.shape == (3, 2, 2) and (curve.verdicts == UNREAD).all()
     assert estimate(curve.right[:, 0]).value == 0 and (curve.thinking < curve.tokens).all()

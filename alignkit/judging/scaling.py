@@ -258,23 +258,26 @@ def flip_matrices(
     return [flips(first, verdicts, curve.labels, curve.items) for verdicts in later]
 
 def trend(curve: Curve) -> dict[str, Estimate | float]: # by the figure's name
-    "Slope, gains and s1's figures, from the first level to the last."
+    "Slopes, gains and s1's figures; those that are undefined (nothing added, no base) are left out."
     first, last = curve.right[:, 0], curve.right[:, -1]
     return {
         "slope per wait": slope(curve),
-        "slope per 100 tokens": _scaled(slope(curve, "token"), 100),
+        **_per_tokens(curve),
         "gain": estimate(last - first, curve.items),
-        "relative gain": relative_gain(first, last, curve.items),
+        **({"relative gain": relative_gain(first, last, curve.items)} if first.any() else {}),
         "truncated at the last": estimate(curve.truncated[:, :, -1].mean(1), curve.items),
-        "s1 scaling per 100 tokens": 100 * _s1_scaling(curve),
         "s1 performance": max(a.value for a in curve.accuracy),
     }
 
-def _s1_scaling(curve: Curve) -> float: # NaN where a level added no thinking
+def _per_tokens(curve: Curve) -> dict[str, Estimate | float]: # where levels differ in thinking
     levels = curve.mean_thinking
-    if len(set(levels)) < len(levels):
-        return float("nan")
-    return s1_scaling(levels, [a.value for a in curve.accuracy])
+    found: dict[str, Estimate | float] = {}
+    if len(set(levels)) > 1:
+        found["slope per 100 tokens"] = _scaled(slope(curve, "token"), 100)
+    if len(set(levels)) == len(levels):
+        accuracy = [a.value for a in curve.accuracy]
+        found["s1 scaling per 100 tokens"] = 100 * s1_scaling(levels, accuracy)
+    return found
 
 def _scaled(x: Estimate, by: float) -> Estimate:
     return Estimate(x.value * by, x.low * by, x.high * by, x.n)
@@ -425,6 +428,8 @@ def certainty(
         raise ValueError(f"after, labels: expected shapes {before.shape} and {before.shape[:1]}, "
                          f"got {after.shape} and {np.shape(labels)}")
     both = np.isfinite(before) & np.isfinite(after)
+    if not both.any():
+        raise ValueError("before, after: expected a question that was read both times, got none")
     truth = np.broadcast_to(np.asarray(labels)[:, None], before.shape)
     judged = [confidence(p[both], truth[both]) for p in (before, after)]
     gain, surer = np.full(before.shape, np.nan), verdict_entropy(after) - verdict_entropy(before)
