@@ -7,8 +7,8 @@ __all__ = ['RESULTS_PACKAGE', 'PAPERS', 'COLUMNS', 'WIDTH', 'LONGEST_KEY', 'SIGN
            'VERDICT_COLOURS', 'GREY', 'TEXTS_STYLE', 'TEXTS', 'BEGIN', 'END', 'PICTURE', 'PAGE_STYLE', 'STYLE', 'PAGE',
            'Paper', 'results_folder', 'committed_results', 'number', 'p_value', 'interval', 'rows', 'summary',
            'claims_table', 'heading', 'machine', 'footing', 'claims_html', 'ClaimsTable', 'show_claims', 'series',
-           'png', 'alt_text', 'plot', 'LiveCurves', 'dots', 'written', 'texts_html', 'WrittenTexts', 'show_texts',
-           'readme_table', 'update_readme', 'update_picture', 'write_report']
+           'png', 'alt_text', 'plot', 'plot_scaling', 'LiveCurves', 'dots', 'written', 'texts_html', 'WrittenTexts',
+           'show_texts', 'readme_table', 'update_readme', 'update_picture', 'write_report']
 
 # %% ../nbs/library/12_report.ipynb #2f9ee06d
 import base64
@@ -38,6 +38,8 @@ from .runs import Job, Record, load_records, needs_first
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from alignkit.judging.scaling import Curve
 
 # %% ../nbs/library/12_report.ipynb #411e7036
 RESULTS_PACKAGE = "alignkit._results"
@@ -420,6 +422,19 @@ def _plain_axes(axes:"Axes"):
     axes.grid(axis="y", color="#e3e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
 
+def _name_axes(axes:"Axes", title:str, xlabel:str, ylabel:str):
+    "What everything is, as it was written: no text is a formula."
+    title = textwrap.fill(title, 52) # beside it stands the legend
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", parse_math=False)
+    axes.set_xlabel(xlabel, parse_math=False)
+    axes.set_ylabel(ylabel, parse_math=False)
+    _plain_axes(axes)
+
+def _legend(figure:Any, title:str):
+    where = {"loc": "outside right upper", "frameon": False, "title": title}
+    for text in figure.legend(**where).get_texts():
+        text.set_parse_math(False)
+
 # %% ../nbs/library/12_report.ipynb #a4b29e19
 def plot(
     spec:Plot,
@@ -434,15 +449,34 @@ def plot(
     axes = figure.add_subplot()
     for arm, curves in found.items():
         _draw_arm(axes, arm, curves, styles[arm], _measured(spec))
-    title = textwrap.fill(_title(spec, records), 52) # beside it stands the legend
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", parse_math=False)
-    axes.set_xlabel(spec.xlabel, parse_math=False)
-    axes.set_ylabel(spec.ylabel, parse_math=False)
-    _plain_axes(axes)
-    where = {"loc": "outside right upper", "frameon": False, "title": "arm (seeds)"}
-    for text in figure.legend(**where).get_texts():
-        text.set_parse_math(False)
+    _name_axes(axes, _title(spec, records), spec.xlabel, spec.ylabel)
+    _legend(figure, "arm (seeds)")
     figure.alt = alt_text(spec, records)
+    return figure
+
+# %% ../nbs/library/12_report.ipynb #6cdcffc2
+def plot_scaling(
+    curves:"Mapping[str, Curve]", # by their name in the legend
+    title:str,                    # the finding
+)->"Figure": # shows itself in Jupyter; `figure.alt` says what is seen
+    "Accuracy against mean thinking tokens."
+    figure, styles, ends = _figure(7.6, 4.2), _line_styles(list(curves)), []
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        tokens, found = curve.mean_thinking, curve.accuracy
+        spread = [[max(a.value - a.low, 0) for a in found], # rounding at 0 and 1
+                  [max(a.high - a.value, 0) for a in found]]
+        axes.errorbar(tokens, [a.value for a in found], yerr=spread, marker="o", capsize=3,
+                      label=name, **styles[name])
+        for level, x, a in zip(curve.waits, tokens, found, strict=True):
+            axes.annotate(f"{level}", (x, a.value), xytext=(5, 5), textcoords="offset points",
+                          fontsize=8)
+        ends.append(f"{name} goes from {number(found[0].value)} to {number(found[-1].value)}")
+    axes.axhline(0.5, color="#9aa4ae", linewidth=1) # a coin
+    _name_axes(axes, title, "mean thinking tokens (beside each point: forced continuations)",
+               "accuracy")
+    _legend(figure, "")
+    figure.alt = f"{title}. Accuracy against mean thinking tokens: {'; '.join(ends)}."
     return figure
 
 # %% ../nbs/library/12_report.ipynb #02cabb07

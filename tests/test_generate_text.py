@@ -62,6 +62,27 @@ def test_a_completion_depends_on_its_request_alone(model):
     assert len({completion.text for completion in together}) > len(requests) // 2
 
 
+def test_lengths_of_a_batch_differ_and_each_request_keeps_its_own(model):
+    "One pass over all: a row that has written all it may is cut, and says so."
+    requests = [ask("one", length, seed=length, stop=stop) for length in (1, 2, 30, 7) for stop in ((), ("zz",))]
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(options["max_new_tokens"])
+        return sample(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("alignkit.generate.model.sample", counted)
+        together = LocalModel(model.lm, model.tokenizer, batch_size=8).generate(requests)
+    assert calls == [30] and together == [model.generate([request])[0] for request in requests]
+    assert all(got.completion_tokens <= r.max_new_tokens for r, got in zip(requests, together, strict=True))
+    assert [got.finish_reason for got in together[:4]] == ["length"] * 4
+    endless = letter_tokenizer()
+    endless.eos_token = None
+    written = LocalModel(model.lm, endless).generate([ask("a", 3), ask("a", 9)])
+    assert [got.completion_tokens for got in written] == [3, 9]
+
+
 def test_n_samples_follow_the_models_probabilities(model):
     request = Request("q", 1, top_logprobs=32)
     drawn = LocalModel(model.lm, model.tokenizer, 4000).generate(replace(request, top_logprobs=None).times(4000))

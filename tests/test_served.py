@@ -616,3 +616,21 @@ def test_a_real_server_draws_by_the_seed_and_refuses_by_name(real, cache, tmp_pa
         judge.generate([ask("who", prefix="<think>")])
     with pytest.raises(BatchFailed, match="status 400: .*pinned"):
         Served(url, "another", cache).generate([ask("who")])
+
+
+def test_a_real_server_is_made_to_think_longer_as_the_model_here_is(real, cache):
+    "Plain strings, which this server continues; a curve asked again asks nothing."
+    from alignkit.judging.scaling import BudgetForcing
+
+    url, name, local = real
+    judge = Served(url, name, cache, can={"continues"}, deadline=60)
+    requests = [Request(text, 40, temperature=0) for text in ("which", "which of these")]
+    for waits, where in ((0, "thinking"), (2, "verdict")):  # this model ends no thought by itself
+        options = {"continuation": " wait", "where": where, "answer_tokens": 6}
+        forcing = BudgetForcing(judge, waits, **options)
+        theirs, ours = forcing.generate(requests), BudgetForcing(local, waits, **options).generate(requests)
+        for their, our in zip(theirs, ours, strict=True):
+            assert (their.text, their.thoughts, their.truncated) == (our.text, our.thoughts, our.truncated)
+            assert their.thinking_tokens == our.thinking_tokens and their.text.count(" wait") == waits
+        asked = judge.usage.answered
+        assert forcing.generate(requests) == theirs and judge.usage.answered == asked

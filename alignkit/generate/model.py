@@ -41,16 +41,19 @@ def prompt_text(tokenizer, request: Request) -> str:
 # %% ../../nbs/library/07d_generate_model.ipynb #aa4d0441
 def _stopper(tokenizer, requests: Sequence[Request]) -> Callable[[Tensor], Tensor] | None:
     "A `writer` for `sample`."
-    if tokenizer.eos_token_id is None or not any(request.stop for request in requests):
+    lengths = torch.tensor([request.max_new_tokens for request in requests])
+    stops = [stop for request in requests for stop in request.stop]
+    if tokenizer.eos_token_id is None or not (stops or len(lengths.unique()) > 1):
         return None
-    tail = 4 + max(len(stop.encode()) for request in requests for stop in request.stop)
+    tail = 4 + max((len(stop.encode()) for stop in stops), default=0)
 
     def writer(so_far: Tensor, _drawn: Tensor) -> Tensor:  # (B, t) ids -> (B,), −1: as drawn
-        texts = tokenizer.batch_decode(so_far[:, -tail:], skip_special_tokens=True)
-        ended = [cut_at_stop(text, request.stop)[1]
-                 for text, request in zip(texts, requests, strict=True)]
-        return torch.where(torch.tensor(ended, device=so_far.device),
-                           tokenizer.eos_token_id, -1)
+        ended = lengths <= so_far.shape[1]
+        if stops:
+            texts = tokenizer.batch_decode(so_far[:, -tail:], skip_special_tokens=True)
+            ended |= torch.tensor([cut_at_stop(text, request.stop)[1]
+                                   for text, request in zip(texts, requests, strict=True)])
+        return torch.where(ended.to(so_far.device), tokenizer.eos_token_id, -1)
 
     return writer
 
@@ -108,7 +111,8 @@ class LocalModel:
         texts = [prompt_text(self.tokenizer, request) for request in requests]
 
         def alike(i: int) -> tuple:
-            return requests[i].max_new_tokens, requests[i].temperature, len(texts[i]), texts[i]
+            length = requests[i].max_new_tokens if self.tokenizer.eos_token_id is None else 0
+            return length, requests[i].temperature, len(texts[i]), texts[i]
 
         done: dict[int, Completion] = {}
         group: list[int] = []
@@ -122,11 +126,13 @@ class LocalModel:
         return [done[i] for i in range(len(requests))]
 
     def _complete(self, rows: list[int], requests, texts) -> dict[int, Completion]:
-        "Of requests with one length and temperature."
+        "Of requests with one temperature."
+        rows = sorted(rows, key=lambda i: -requests[i].max_new_tokens)
         chosen = [requests[i] for i in rows]
         prompt_ids, mask = encode_prompts(self.tokenizer, [texts[i] for i in rows])
         length, temperature = chosen[0].max_new_tokens, chosen[0].temperature
-        self._check_room(rows, mask, length)
+        for row, i in enumerate(rows):
+            self._check_room([i], mask[row : row + 1], requests[i].max_new_tokens)
         generators = [torch.Generator().manual_seed(derive_seed(request.seed, "completion"))
                       for request in chosen]
         device = self.lm.device
@@ -158,7 +164,8 @@ class LocalModel:
         ids = samples.tokens.completion_ids[i][samples.sampled[i]].tolist()
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         text, stopped = cut_at_stop(text, request.stop)
-        ended = stopped or bool(samples.terminated[i])
+        cut = len(ids) == request.max_new_tokens and ids[-1] != self.tokenizer.eos_token_id
+        ended = stopped or (bool(samples.terminated[i]) and not cut)
         tokens = None if logps is None else tuple(
             _token(self.tokenizer, token_id, logps[t], request.top_logprobs or 0)
             for t, token_id in enumerate(ids))

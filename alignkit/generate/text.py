@@ -164,9 +164,9 @@ class Scripted:
         else:
             raise IndexError(f"script: expected an answer for request {self.asked}, "
                              f"got {len(self.script)} answers")
-        text, stopped = cut_at_stop(text, request.stop)
+        text, _ = cut_at_stop(text, request.stop)
         words = text.split()
-        if not stopped and len(words) > request.max_new_tokens:
+        if len(words) > request.max_new_tokens:
             return Completion(" ".join(words[: request.max_new_tokens]), "length",
                               _words(request), request.max_new_tokens)
         return Completion(text, "stop", _words(request), len(words))

@@ -8,7 +8,7 @@ __all__ = ['ROLE', 'RUBRIC_ROLE', 'Task', 'Question', 'defused', 'question', 'Ju
 
 # %% ../../nbs/library/11a_judging_judges.ipynb #899ec65f
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from ..generate.text import Completion, Message, Request, TextGenerator
 from .verdicts import Format, counted, draw_tag, read, split_thinking
+from ..runs import derive_seed
 
 # %% ../../nbs/library/11a_judging_judges.ipynb #9952c423
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ class Judge:
     form: Format
     role: str = ROLE
     max_new_tokens: int = 2048 # for thinking and verdict
+    temperature: float = 0.0 # above 0 each question draws for itself, by its text and `seed`
+    seed: int = 0
+    top_logprobs: int | None = None # asked for beside each token
 
     def __call__(
         self,
@@ -102,12 +106,17 @@ class Judge:
         "Ask about all tasks at once."
         if orders is None:
             orders = [tuple(range(len(task.answers))) for task in tasks]
-        asked = [question(task, order, self.form, self.role, self.max_new_tokens)
-                 for task, order in zip(tasks, orders, strict=True)]
+        asked = [self._question(*pair) for pair in zip(tasks, orders, strict=True)]
         said = self.generator.generate(asked)
         if len(said) != len(asked):
             raise ValueError(f"generate: expected {len(asked)} completions, got {len(said)}")
         return [_judgement(self.form, *pair) for pair in zip(asked, said, strict=True)]
+
+    def _question(self, task: Task, order: tuple[int, ...]) -> Question:
+        asked = question(task, order, self.form, self.role, self.max_new_tokens)
+        seed = derive_seed(self.seed, "judge", asked.text) if self.temperature else 0
+        return replace(asked, temperature=self.temperature, seed=seed,
+                       top_logprobs=self.top_logprobs)
 
 def _judgement(form: Format, asked: Question, said: Completion) -> Judgement:
     reading = read(form, said.text, asked.tag)
