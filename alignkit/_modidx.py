@@ -258,8 +258,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'alignkit/generate/model.py'),
                                          'alignkit.generate.model.LocalModel._read_row': ( 'library/generate_model.html#localmodel._read_row',
                                                                                            'alignkit/generate/model.py'),
-                                         'alignkit.generate.model.LocalModel._reads_by': ( 'library/generate_model.html#localmodel._reads_by',
-                                                                                           'alignkit/generate/model.py'),
                                          'alignkit.generate.model.LocalModel.fingerprint': ( 'library/generate_model.html#localmodel.fingerprint',
                                                                                              'alignkit/generate/model.py'),
                                          'alignkit.generate.model.LocalModel.from_pretrained': ( 'library/generate_model.html#localmodel.from_pretrained',

@@ -13,6 +13,7 @@ from transformers import Qwen2VLConfig
 
 from alignkit.generate.local import sample
 from alignkit.generate.model import LocalModel, prompt_text
+from alignkit.generate.served import request_body
 from alignkit.generate.text import NotAble, Request, Scripted, image_part
 from alignkit.judging import verdicts
 from alignkit.judging.judges import RUBRIC_ROLE, Judge, Task, grouped, pairwise
@@ -189,6 +190,12 @@ def test_it_loads_from_a_folder_as_a_generator_a_policy_and_a_reward_model(lm, p
     other = tiny_processor(letter_tokenizer())
     other.image_processor.image_mean = [0.0, 0.0, 0.0]
     assert LocalModel(lm, other).fingerprint() != here.fingerprint()
+
+
+def test_a_server_is_sent_the_image_as_it_stands_in_the_message():
+    path, body = request_body(ask("what", RED), "a model", {})
+    assert path == "/chat/completions" and body["messages"][0]["content"][0] == RED
+    assert RED["image_url"]["url"].startswith("data:image/png;base64,")
 
 
 # ---- scoring and training -----------------------------------------------------------------

@@ -110,13 +110,12 @@ class LocalModel:
         batch_size: int = 16,  # rows read at a time
     ):
         self.lm, self.tokenizer, self.batch_size = lm, tokenizer, batch_size
-        self.processor = None
+        self.reads_by = tokenizer  # whose template and placeholders hold
         if _is_processor(tokenizer):
             if not sees_images(lm):
                 raise ValueError("lm: expected a vision-language model beside a processor, "
                                  f"got a {type(lm).__name__}")
-            self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer
-            self.can = (*self.can, "images")
+            self.tokenizer, self.can = tokenizer.tokenizer, (*self.can, "images")
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options) -> "LocalModel":
@@ -133,22 +132,18 @@ class LocalModel:
     def fingerprint(self) -> str:
         "A name that changes with any weight, the precision, the tokenizer or the processor."
         found = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
-        found.update((self._reads_by.chat_template or "").encode())
-        if self.processor is not None:
-            found.update(self.processor.to_json_string().encode())
+        found.update((self.reads_by.chat_template or "").encode())
+        if "images" in self.can:
+            found.update(self.reads_by.to_json_string().encode())
         for name, tensor in self.lm.state_dict().items():
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return f"{type(self.lm).__name__} {found.hexdigest()}"
 
-    @property
-    def _reads_by(self):  # whose template and placeholders hold
-        return self.tokenizer if self.processor is None else self.processor
-
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         "One completion a request, in their order."
         check_able(self, requests)
-        texts = [prompt_text(self._reads_by, request) for request in requests]
+        texts = [prompt_text(self.reads_by, request) for request in requests]
 
         def alike(i: int) -> tuple:
             return requests[i].max_new_tokens, requests[i].temperature, len(texts[i]), texts[i]
@@ -182,10 +177,10 @@ class LocalModel:
 
     def _encode(self, texts: Sequence[str], requests: Sequence[Request]):
         "Ids, mask and, where the model sees, images."
-        if self.processor is None:
+        if "images" not in self.can:
             return *encode_prompts(self.tokenizer, texts), None
         shown = [image_parts(request.prompt) for request in requests]
-        return encode_image_prompts(self.processor, texts, shown)
+        return encode_image_prompts(self.reads_by, texts, shown)
 
     def _check_room(self, rows: list[int], mask: Tensor, length: int):
         room = getattr(text_body(self.lm).config, "max_position_embeddings", None)

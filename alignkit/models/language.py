@@ -304,7 +304,7 @@ def load_lm(
     "A causal language model, or a vision-language one."
     transformers = require("transformers", "llm")
     found, _ = transformers.PreTrainedConfig.get_config_dict(os.fspath(name), **options)
-    auto = (transformers.AutoModelForImageTextToText if found["model_type"] in SEEING
+    auto = (transformers.AutoModelForImageTextToText if found.get("model_type") in SEEING
             else transformers.AutoModelForCausalLM)
     return auto.from_pretrained(os.fspath(name), **options)
 
