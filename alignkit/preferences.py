@@ -172,7 +172,7 @@ def fit_scorelm(
 @torch.no_grad()
 def answer_scores(scorelm: ScoreLM, pairs: PreferencePairs) -> Tensor:  # (2N,)
     "The score of every answer, chosen ones first."
-    pieces = row_chunks(pairs.answers, scorelm.lm.config.hidden_size)
+    pieces = row_chunks(pairs.answers, scorelm.score_head.in_features)
     return torch.cat([scorelm.scores(piece) for piece in pieces])
 
 

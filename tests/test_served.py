@@ -554,19 +554,18 @@ def test_it_works_where_an_event_loop_runs_as_in_jupyter(serve, cache):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    "`transformers serve` with a tiny random model saved to disk, and the same model in this process."
-    from test_generate_text import letter_tokenizer
+    "`transformers serve` with a tiny random model that sees, and the same model in this process."
+    from test_vision import letter_tokenizer, tiny_processor, tiny_vision_lm
 
     from alignkit.generate.model import LocalModel
-    from alignkit.models.language import tiny_causal_lm
 
     folder = tmp_path_factory.mktemp("real") / "tiny"
-    tokenizer = letter_tokenizer()
-    lm = tiny_causal_lm(tokenizer, seed=0, positions=128)
+    processor = tiny_processor(letter_tokenizer())
+    lm = tiny_vision_lm(processor, seed=0, positions=128)
     lm.generation_config.eos_token_id = lm.generation_config.pad_token_id = 0
     lm.generation_config.do_sample = True  # or this server stays greedy at every temperature
     lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
@@ -581,7 +580,7 @@ def real(tmp_path_factory):
                 break
             assert process.poll() is None, (folder.parent / "log").read_text()
             time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1", str(folder), LocalModel(lm, tokenizer)
+        yield f"http://127.0.0.1:{port}/v1", str(folder), LocalModel(lm, processor)
     finally:
         process.kill()
         process.wait()
@@ -599,6 +598,18 @@ def test_a_real_server_writes_what_the_model_writes_here(real, cache):
         assert their.prompt_tokens == our.prompt_tokens
         assert abs(their.completion_tokens - our.completion_tokens) <= 1  # the end of text, or not
     assert judge.generate(requests) == theirs and judge.usage.answered == len(requests)
+
+
+def test_a_real_server_sees_what_the_model_sees_here(real, cache):
+    from test_vision import BLUE, RED
+    from test_vision import ask as show
+
+    url, name, local = real
+    requests = [show("what", *images, temperature=0) for images in ([RED], [BLUE], [RED, BLUE])]
+    theirs = Served(url, name, cache, can={"images"}, deadline=60).generate(requests)
+    ours = local.generate(requests)
+    assert [(their.text, their.prompt_tokens) for their in theirs] == [(our.text, our.prompt_tokens) for our in ours]
+    assert theirs[0].text != theirs[1].text
 
 
 def test_a_real_server_draws_by_the_seed_and_refuses_by_name(real, cache, tmp_path):

@@ -21,7 +21,7 @@ from alignkit.generate.llama import (
     can_read,
     compute_dtype,
 )
-from ..models.language import Tokens
+from ..models.language import Images, Tokens, embedded, sees_images, text_body
 from ..runs import require
 
 # %% ../../nbs/library/07_generate_local.ipynb #6a88a353
@@ -94,7 +94,7 @@ class _Decoder:
     def __init__(self, lm, trunk, attention_mask: Tensor, room: int):
         self.mask, self.padded = attention_mask, not bool(attention_mask.all())
         self.trunk = None if trunk is None else _reader(trunk, room)
-        self.upper, self.head = _reader(lm.base_model, room), _head(lm)
+        self.upper, self.head = _reader(text_body(lm), room), _head(lm)
 
     def read(self, new_ids: Tensor) -> Tensor:  # (B, n) -> (B, n, D), or the ids
         "The trunk's states of unseen tokens; without a trunk, the tokens themselves."
@@ -225,17 +225,31 @@ def common_start(
     return int((starts == starts[0]).all(0).long().cumprod(0).sum())
 
 # %% ../../nbs/library/07_generate_local.ipynb #d6a0ae06
-def _read_prompts(lm, trunk, prompt_ids: Tensor, attention_mask: Tensor, room: int):
+def _different(prompts: Tokens) -> tuple[Tokens, Tensor]:  # and of each row, which of them
+    "Each different prompt once."
+    P, columns = prompts.prompt_length, [prompts.input_ids, prompts.attention_mask.long()]
+    if prompts.images is not None:  # known by the first row that shows them
+        first: dict[int, int] = {}
+        shown = [first.setdefault(id(each), i) for i, each in enumerate(prompts.images)]
+        columns.append(torch.tensor(shown, device=prompts.input_ids.device)[:, None])
+    found, rows = torch.unique(torch.cat(columns, 1), dim=0, return_inverse=True)
+    images = None if prompts.images is None else tuple(
+        prompts.images[i] for i in found[:, -1].tolist())
+    return Tokens(found[:, :P], found[:, P : 2 * P].bool(), P, images=images), rows
+
+
+def _read_prompts(lm, trunk, prompts: Tokens, room: int):
     "A decoder that read each different prompt once; logits and states of every row."
-    different, rows = torch.unique(torch.cat([prompt_ids, attention_mask.long()], 1),
-                                   dim=0, return_inverse=True)
-    ids, mask = different.chunk(2, 1)
-    mask = mask.bool()
-    shared = common_start(ids, mask)
+    different, rows = _different(prompts)
+    ids, mask = different.input_ids, different.attention_mask
     decoder = _Decoder(lm, trunk, mask, room)
-    if shared >= MIN_SHARED and trunk is None and isinstance(decoder.upper, LlamaReader):
-        ids = decoder.read_start(ids, shared)
-    read = decoder.read(ids)
+    if sees_images(lm):
+        read = embedded(lm, different)
+    else:
+        shared = common_start(ids, mask)
+        if shared >= MIN_SHARED and trunk is None and isinstance(decoder.upper, LlamaReader):
+            ids = decoder.read_start(ids, shared)
+        read = decoder.read(ids)
     logits = decoder.logits(read)
     decoder.select(rows)
     return decoder, logits[rows], [] if trunk is None else [read[rows]]
@@ -251,7 +265,7 @@ def _uniforms(generator: torch.Generator | Sequence[torch.Generator], T: int, B:
 
 @torch.no_grad()
 def sample(
-    lm,  # any transformers causal language model; above `trunk` if there is one
+    lm,  # any transformers causal language model, or one that `sees_images`; above `trunk`
     prompt_ids: Tensor,  # (B, P) int64, padded on the left
     attention_mask: Tensor | None = None,  # (B, P) bool, False at padding; None: none
     *,
@@ -262,20 +276,25 @@ def sample(
     pad_token_id: int = 0,  # written after the end of a finished row
     writer: Callable[[Tensor, Tensor], Tensor] | None = None,  # (B, t), drawn (B,) -> (B,)
     allowed: Callable[[Tensor], Tensor] | None = None,  # (B, P+t) -> (B, V) bool
-    trunk=None,  # frozen lower part of a model cut by `models.split`
+    trunk=None,  # frozen lower part of a model cut by `models.split`, if it was
+    images: Sequence[Images | None] | None = None,  # B, of each prompt; None: text alone
 ) -> Samples:
     "Completions of a batch of prompts, sampled at `temperature`."
     if attention_mask is None:
         attention_mask = torch.ones_like(prompt_ids)
     attention_mask = attention_mask.bool()
     _check_prompts(prompt_ids, attention_mask)
+    if images is not None and not sees_images(lm):
+        raise ValueError(f"images: expected None for a {type(lm).__name__}, which reads text "
+                         f"alone, got those of {len(images)} prompts")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     (B, P), device = prompt_ids.shape, prompt_ids.device
     uniforms = _uniforms(generator, max_new_tokens, B).to(device)
     text = _Text(prompt_ids, max_new_tokens, pad_token_id)
-    decoder, logits, states = _read_prompts(lm, trunk, prompt_ids, attention_mask,
-                                            P + max_new_tokens)
+    prompts = Tokens(prompt_ids, attention_mask, P,
+                     images=None if images is None else tuple(images))
+    decoder, logits, states = _read_prompts(lm, trunk, prompts, P + max_new_tokens)
     rows = torch.arange(B, device=device)  # that the decoder still reads
     for t in range(max_new_tokens):
         token, logp, chosen = _choose(logits, uniforms[t], temperature, text, rows, t,
@@ -296,5 +315,5 @@ def sample(
         logits = decoder.logits(read)
     T = t + 1
     tokens = Tokens(text.so_far(T), torch.cat([attention_mask, text.real[:, :T]], 1), P,
-                    torch.cat(states, 1) if states else None)
+                    torch.cat(states, 1) if states else None, prompts.images)
     return Samples(tokens, text.logps[:, :T], text.sampled[:, :T], ~text.running)

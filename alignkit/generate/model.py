@@ -9,6 +9,7 @@ __all__ = ['prompt_text', 'LocalModel']
 import hashlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,25 +18,51 @@ from .local import Samples, sample
 from alignkit.generate.text import (
     Ability,
     Completion,
+    Message,
     Request,
     Token,
     check_able,
     cut_at_stop,
+    image_parts,
     top_by_text,
 )
-from ..models.language import Tokens, completion_hidden, encode_prompts
+from alignkit.models.language import (
+    Tokens,
+    completion_hidden,
+    encode_prompts,
+    load_lm,
+    sees_images,
+    text_body,
+)
+from ..models.vision import encode_image_prompts
 from ..runs import derive_seed, require
 
 # %% ../../nbs/library/07d_generate_model.ipynb #fd616791
-def prompt_text(tokenizer, request: Request) -> str:
+def _is_processor(tokenizer) -> bool:
+    return isinstance(tokenizer, require("transformers", "llm").ProcessorMixin)
+
+
+def _with_placeholders(message: Message, image_token: str) -> dict[str, Any]:
+    "A message as the template of a processor has it: all parts, images without their bytes."
+    content = message["content"] or ""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    broken = f"{image_token[0]} {image_token[1:]}"
+    return {**message, "content": [
+        {"type": "image"} if part["type"] == "image_url"
+        else {**part, "text": part["text"].replace(image_token, broken)} for part in parts]}
+
+
+def prompt_text(tokenizer, request: Request) -> str:  # or the processor
     "What the model will read."
     if isinstance(request.prompt, str):
         return request.prompt + request.prefix
     if not tokenizer.chat_template:
         raise ValueError("tokenizer: expected one with a chat template for messages, got none; "
                          "a plain string needs none")
-    opened = tokenizer.apply_chat_template(
-        list(request.prompt), tokenize=False, add_generation_prompt=True)
+    messages: list[Any] = list(request.prompt)
+    if _is_processor(tokenizer):
+        messages = [_with_placeholders(message, tokenizer.image_token) for message in messages]
+    opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return opened + request.prefix
 
 # %% ../../nbs/library/07d_generate_model.ipynb #aa4d0441
@@ -66,7 +93,7 @@ def _logps(lm, tokens: Tokens) -> Tensor:  # (B, T, V) float32
 
 def _token(tokenizer, token_id: int, logps: Tensor, count: int) -> Token:  # logps (V,)
     best = logps.topk(min(count, len(logps)))
-    names = tokenizer.batch_decode([[i] for i in best.indices.tolist()])
+    names = [tokenizer.decode([i]) for i in best.indices.tolist()]
     top = top_by_text(zip(names, best.values.tolist(), strict=True))
     return Token(tokenizer.decode([token_id]), float(logps[token_id]), top)
 
@@ -75,31 +102,42 @@ _GREEDY = 1e-6  # a temperature at which the most probable token is certain
 
 
 class LocalModel:
-    "A transformers causal language model with its tokenizer."
+    "A transformers causal language model with its tokenizer, or one that sees."
 
     can: Collection[Ability] = ("continues", "logprobs")
 
     def __init__(
         self,
-        lm,  # any transformers causal language model
-        tokenizer,  # with a padding token
+        lm,  # any transformers causal language model, or one that `sees_images`
+        tokenizer,  # with a padding token; to show images, the processor around it
         batch_size: int = 16,  # rows read at a time
     ):
         self.lm, self.tokenizer, self.batch_size = lm, tokenizer, batch_size
+        self.reads_by = tokenizer  # whose template and placeholders hold
+        if _is_processor(tokenizer):
+            if not sees_images(lm):
+                raise ValueError("lm: expected a vision-language model beside a processor, "
+                                 f"got a {type(lm).__name__}")
+            self.tokenizer, self.can = tokenizer.tokenizer, (*self.can, "images")
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options) -> "LocalModel":
         "From the Hub or a folder; options go to transformers' loader."
         transformers = require("transformers", "llm")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        return cls(transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval(),
-                   tokenizer)
+        lm = load_lm(name, **options).eval()
+        if sees_images(lm):
+            model = cls(lm, transformers.AutoProcessor.from_pretrained(name))
+        else:
+            model = cls(lm, transformers.AutoTokenizer.from_pretrained(name))
+        model.tokenizer.pad_token = model.tokenizer.pad_token or model.tokenizer.eos_token
+        return model
 
     def fingerprint(self) -> str:
-        "A name that changes with any weight, the precision or the tokenizer."
+        "A name that changes with any weight, the precision, the tokenizer or the processor."
         found = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
-        found.update((self.tokenizer.chat_template or "").encode())
+        found.update((self.reads_by.chat_template or "").encode())
+        if "images" in self.can:
+            found.update(self.reads_by.to_json_string().encode())
         for name, tensor in self.lm.state_dict().items():
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -108,7 +146,7 @@ class LocalModel:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         "One completion a request, in their order."
         check_able(self, requests)
-        texts = [prompt_text(self.tokenizer, request) for request in requests]
+        texts = [prompt_text(self.reads_by, request) for request in requests]
 
         def alike(i: int) -> tuple:
             length = requests[i].max_new_tokens if self.tokenizer.eos_token_id is None else 0
@@ -129,7 +167,7 @@ class LocalModel:
         "Of requests with one temperature."
         rows = sorted(rows, key=lambda i: -requests[i].max_new_tokens)
         chosen = [requests[i] for i in rows]
-        prompt_ids, mask = encode_prompts(self.tokenizer, [texts[i] for i in rows])
+        prompt_ids, mask, images = self._encode([texts[i] for i in rows], chosen)
         length, temperature = chosen[0].max_new_tokens, chosen[0].temperature
         for row, i in enumerate(rows):
             self._check_room([i], mask[row : row + 1], requests[i].max_new_tokens)
@@ -140,11 +178,18 @@ class LocalModel:
             self.lm, prompt_ids.to(device), mask.to(device), max_new_tokens=length,
             generator=generators, temperature=temperature or _GREEDY,
             eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id,
-            writer=_stopper(self.tokenizer, chosen))
+            writer=_stopper(self.tokenizer, chosen), images=images)
         return dict(zip(rows, self._read(samples, chosen), strict=True))
 
+    def _encode(self, texts: Sequence[str], requests: Sequence[Request]):
+        "Ids, mask and, where the model sees, images."
+        if "images" not in self.can:
+            return *encode_prompts(self.tokenizer, texts), None
+        shown = [image_parts(request.prompt) for request in requests]
+        return encode_image_prompts(self.reads_by, texts, shown)
+
     def _check_room(self, rows: list[int], mask: Tensor, length: int):
-        room = getattr(self.lm.config, "max_position_embeddings", None)
+        room = getattr(text_body(self.lm).config, "max_position_embeddings", None)
         for i, used in zip(rows, mask.sum(1).tolist(), strict=True):
             if room is not None and used + length > room:
                 raise ValueError(f"requests[{i}]: expected at most {room} tokens, got a prompt of "

@@ -7,7 +7,7 @@ __all__ = ['prompts_written', 'GroupedScorer', 'RubricScorer']
 
 # %% ../../nbs/library/11d_judging_scorers.ipynb #b3ec308d
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,17 +28,23 @@ def prompts_written(
     ids = [row[real].tolist() for row, real in zip(tokens.prompt_ids, there, strict=True)]
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-def _groups(prompts: list[str], answers: list[str], size: int) -> list[Task]:
-    if len(prompts) % size:
-        raise ValueError(f"group_size: expected a divisor of {len(prompts)} rows, got {size}")
-    tasks = []
-    for start in range(0, len(prompts), size):
-        rows = slice(start, start + size)
-        if len(set(prompts[rows])) > 1:
-            raise ValueError(f"group_size: rows {start} to {start + size - 1} answer "
-                             f"{len(set(prompts[rows]))} prompts")
-        tasks.append(Task(prompts[start], tuple(answers[rows])))
-    return tasks
+def _tasks(tokenizer, tokens: Tokens) -> list[Task]: # (B,) of one answer each
+    shown = [each.parts if each else () for each in tokens.images or [None] * len(tokens)]
+    rows = zip(prompts_written(tokenizer, tokens), written(tokenizer, tokens), shown, strict=True)
+    return [Task(prompt, (answer,), images) for prompt, answer, images in rows]
+
+def _groups(tasks: list[Task], size: int) -> list[Task]: # (B/size,) of all answers to a prompt
+    if len(tasks) % size:
+        raise ValueError(f"group_size: expected a divisor of {len(tasks)} rows, got {size}")
+    groups = []
+    for start in range(0, len(tasks), size):
+        together = [replace(task, answers=()) for task in tasks[start : start + size]]
+        if other := [i for i, task in enumerate(together) if task != together[0]]:
+            raise ValueError(f"group_size: expected rows {start} to {start + size - 1} to answer "
+                             f"one prompt, row {start + other[0]} answers another")
+        answers = tuple(task.answers[0] for task in tasks[start : start + size])
+        groups.append(replace(tasks[start], answers=answers))
+    return groups
 
 def _scores(rewards: Tensor, tokens: Tokens) -> Scores: # NaN: not applicable
     rewards = rewards.flatten().float().to(tokens.input_ids.device)
@@ -56,9 +62,8 @@ class GroupedScorer:
 
     def __call__(self, rollout) -> Scores:
         tokens: Tokens = rollout.inputs
-        tasks = _groups(prompts_written(self.tokenizer, tokens), written(self.tokenizer, tokens),
-                        self.group_size)
-        found = grouped(self.judge, tasks, orders=self.orders)
+        groups = _groups(_tasks(self.tokenizer, tokens), self.group_size)
+        found = grouped(self.judge, groups, orders=self.orders)
         self.outcomes.update(found.outcomes)
         return _scores(grouped_comparison(torch.from_numpy(found.scores).float())[0], tokens)
 
@@ -71,9 +76,7 @@ class RubricScorer:
 
     def __call__(self, rollout) -> Scores:
         tokens: Tokens = rollout.inputs
-        prompts, answers = prompts_written(self.tokenizer, tokens), written(self.tokenizer, tokens)
-        tasks = [Task(prompt, (answer,)) for prompt, answer in zip(prompts, answers, strict=True)]
-        found = self.judge(tasks)
+        found = self.judge(_tasks(self.tokenizer, tokens))
         self.outcomes.update(judgement.outcome for judgement in found)
         return _scores(torch.tensor([_score(judgement) for judgement in found]), tokens)
 

@@ -7,7 +7,6 @@ __all__ = ['Scored', 'ScoreLM', 'tiny_scorelm', 'behaviour_logps', 'calibrate_ep
            'WithSupport', 'SupportFine', 'ScoreEnsemble', 'WorstCase', 'UncertaintyWeighted', 'SupportedPolicy']
 
 # %% ../../nbs/library/06a_models_scores.ipynb #49a2b40c
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,12 +23,14 @@ from alignkit.models.language import (
     Tokens,
     completion_hidden,
     completion_logps,
+    hidden_states,
     label_ids,
-    model_inputs,
+    load_lm,
     row_chunks,
+    sees_images,
+    text_body,
     tiny_causal_lm,
 )
-from ..runs import require
 
 # %% ../../nbs/library/06a_models_scores.ipynb #a2a35d67
 @dataclass
@@ -48,17 +49,14 @@ class ScoreLM(nn.Module):
 
     def __init__(
         self,
-        lm,  # any transformers causal LM; its LM head is kept
+        lm,  # any transformers causal LM, or one that `sees_images`; its LM head is kept
         temperature: float = 1.0,  # at which the data was sampled that β describes
     ):
         super().__init__()
         self.lm, self.temperature = lm, temperature
-        self.score_head = nn.Linear(lm.config.hidden_size, 1, bias=False)
+        self.score_head = nn.Linear(text_body(lm).config.hidden_size, 1, bias=False)
         nn.init.zeros_(self.score_head.weight)
         self.register_buffer("centre", torch.zeros(()))
-
-    def _hidden(self, tokens: Tokens) -> Tensor:  # (B, P+T, D)
-        return self.lm.base_model(**model_inputs(tokens)).last_hidden_state
 
     def _scores(self, hidden: Tensor, tokens: Tokens) -> Tensor:  # (B,)
         last = tokens.prompt_length + tokens.completion_mask.sum(1) - 1
@@ -67,14 +65,14 @@ class ScoreLM(nn.Module):
 
     def scores(self, tokens: Tokens) -> Tensor:  # (B,)
         "The scores alone: no logits are formed."
-        return self._scores(self._hidden(tokens), tokens)
+        return self._scores(hidden_states(self.lm, tokens), tokens)
 
     def forward(
         self,
         tokens: Tokens,
         eps_beta: float | None = None,  # supported: β above it
     ) -> Scored:
-        hidden = self._hidden(tokens)
+        hidden = hidden_states(self.lm, tokens)
         before = hidden[:, tokens.prompt_length - 1 : -1]
         behaviour = completion_logps(self.lm, before, tokens, self.temperature, eps_beta)
         return Scored(self._scores(hidden, tokens), behaviour)
@@ -89,10 +87,9 @@ class ScoreLM(nn.Module):
     def from_pretrained(
         cls,
         name: str | Path,  # folder of a saved ScoreLM, or any causal LM to start from
-        **options,  # for `AutoModelForCausalLM.from_pretrained`
+        **options,  # for transformers' `from_pretrained`
     ) -> "ScoreLM":
-        auto = require("transformers", "llm").AutoModelForCausalLM
-        model = cls(auto.from_pretrained(os.fspath(name), **options))
+        model = cls(load_lm(name, **options))
         head = Path(name) / "score_head.safetensors"
         if head.exists():
             saved = load_file(head)
@@ -110,7 +107,7 @@ def tiny_scorelm(tokenizer, seed: int, **sizes) -> ScoreLM:
 @torch.no_grad()
 def behaviour_logps(scorelm: ScoreLM, tokens: Tokens) -> Tensor:  # (B, T), 0 at padding
     "Log-probability of each completion token under the ScoreLM's LM head."
-    pieces = row_chunks(tokens, scorelm.lm.config.hidden_size)
+    pieces = row_chunks(tokens, scorelm.score_head.in_features)
     return torch.cat([scorelm(piece).behaviour.logps for piece in pieces])
 
 
@@ -248,6 +245,9 @@ class SupportedPolicy(LanguagePolicy):
 
     def __init__(self, lm, scorelm: ScoreLM, eps_beta: float, temperature: float = 1.0):
         super().__init__(lm, temperature)
+        if sees_images(scorelm.lm):
+            raise ValueError("scorelm: expected one that reads text alone, "
+                             f"got a {type(scorelm.lm).__name__}")
         self.scorelm, self.eps_beta = scorelm.requires_grad_(False), eps_beta
 
     def _supported(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V) bool

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..generate.local import Samples, sample
-from ..models.language import LanguagePolicy, Tokens, encode_prompts
+from ..models.language import Images, LanguagePolicy, Tokens, encode_prompts
 from ..models.scores import Scores
 from .rollout import Rollout
 from ..training import check_finite, generator
@@ -58,8 +58,12 @@ class LanguageCollector:
     ref_policy: LanguagePolicy | None = None  # frozen; adds `ref_logps`
     eos_token_id: int | None = None
     pad_token_id: int = 0
+    images: Sequence[Images | None] | None = None  # N, of each prompt; None: text alone
 
     def __post_init__(self):
+        if self.images is not None and len(self.images) != len(self.prompt_ids):
+            raise ValueError(f"images: expected {len(self.prompt_ids)}, one a prompt, "
+                             f"got {len(self.images)}")
         if self.batch_size % self.group_size:
             raise ValueError(f"group_size: expected a divisor of batch_size "
                              f"{self.batch_size}, got {self.group_size}")
@@ -74,7 +78,8 @@ class LanguageCollector:
             self.policy, self.prompt_ids[rows], self.prompt_mask[rows],
             max_new_tokens=self.max_new_tokens,
             generator=generator(self.seed, "tokens", round_),
-            eos_token_id=self.eos_token_id, pad_token_id=self.pad_token_id)
+            eos_token_id=self.eos_token_id, pad_token_id=self.pad_token_id,
+            images=None if self.images is None else [self.images[i] for i in rows.tolist()])
 
     @torch.no_grad()
     def __call__(self, round_: int) -> Rollout:
@@ -139,6 +144,9 @@ class RewardFunction:
 
     def __call__(self, rollout: Rollout) -> Scores:
         tokens: Tokens = rollout.inputs
+        if tokens.images is not None:
+            raise ValueError("rollout: expected prompts of text alone, by which rows are found, "
+                             "got prompts with images")
         P, texts = tokens.prompt_length, written(self.tokenizer, tokens)
         asked = [self.rows[tuple(ids[real].tolist())] for ids, real in
                  zip(tokens.prompt_ids, tokens.attention_mask[:, :P], strict=True)]
