@@ -95,7 +95,7 @@ def test_kept_log_probabilities_are_recomputed_ones(lm, processor):
 
 
 def test_a_placeholder_that_the_policy_wrote_shows_nothing(lm, processor):
-    drawn = sampled(lm, processor, writer=lambda so_far: torch.full((3,), processor.image_token_id))
+    drawn = sampled(lm, processor, writer=lambda so_far, drawn: torch.full((3,), processor.image_token_id))
     assert (drawn.tokens.completion_ids == processor.image_token_id).all()
     assert torch.allclose(drawn.logps, logps(lm, drawn.tokens), atol=1e-5)
 

@@ -66,7 +66,7 @@ def prompt_text(tokenizer, request: Request) -> str:  # or the processor
     return opened + request.prefix
 
 # %% ../../nbs/library/07d_generate_model.ipynb #aa4d0441
-def _stopper(tokenizer, requests: Sequence[Request]) -> Callable[[Tensor], Tensor] | None:
+def _stopper(tokenizer, requests: Sequence[Request]) -> Callable[[Tensor, Tensor], Tensor] | None:
     "A `writer` for `sample`."
     lengths = torch.tensor([request.max_new_tokens for request in requests])
     stops = [stop for request in requests for stop in request.stop]

@@ -496,7 +496,7 @@ def examine(policy: LanguagePolicy, config: Config, seed: int) -> Result:
         "slope_unread_half": float(np.polyfit(
             curves["waits"], curves["accuracy_unread_half"], 1)[0]),
         "slope_majority": float(np.polyfit(curves["waits"], curves["majority"], 1)[0])}
-    if levels[-1].mean(lambda reading: after_wait(reading).any(1)):
+    if levels[-1].mean(lambda reading: after_wait(reading).sum(1)):
         scalars |= {"new": levels[-1].mean(new_share),
                     "new_memoryless": levels[-1].mean(memoryless_share)}
     return Result(scalars=scalars, curves=curves, texts=transcripts(policy, config, seed))
