@@ -292,16 +292,16 @@ class Environment:
         misread: float,  # share of reports that are wrong
         seed: int,  # of the misreadings
         continuation: str = "wait",
+        own: int = 1,  # reflections of its own that a trace has room for
     ):
         if continuation not in CONTINUATIONS:
             raise ValueError(f"continuation: expected one of {', '.join(CONTINUATIONS)}, "
                              f"got {continuation!r}")
         self.winners, self.left = items.winners, waits.copy()
-        self.cap = longest(1) + REFLECTION * waits  # one reflection of its own, as taught
+        self.cap = longest(own) + REFLECTION * waits
         self.filler, self.filling = continuation == "filler", np.zeros_like(waits)
         rng = np.random.default_rng(derive_seed(seed, "misread"))
-        self.wrong = rng.random((longest(1) + REFLECTION * int(waits.max(initial=0)),
-                                 len(items))) < misread
+        self.wrong = rng.random((self.cap.max(initial=0), len(items))) < misread
 
     def __call__(self, so_far: Tensor, drawn: Tensor) -> Tensor:  # a writer of `sample`
         t = so_far.shape[1]
@@ -336,13 +336,14 @@ def judge(
     *,
     misread: float = 0.05,
     continuation: str = "wait",
+    own: int = 1,  # reflections of its own that a trace has room for
     room: int = 3,  # continuations there is room for: equal rooms share their random numbers
 ) -> Samples:
     "Traces of a judge whose thinking is continued when it wants to stop."
-    environment = Environment(items, waits, misread, seed, continuation)
+    environment = Environment(items, waits, misread, seed, continuation, own)
     return sample_policy(
         policy, torch.from_numpy(prompts(items)),
-        max_new_tokens=longest(1) + REFLECTION * room,
+        max_new_tokens=longest(own + room),
         generator=generator(seed, "trace tokens"), eos_token_id=EOS, pad_token_id=PAD,
         writer=environment)
 
@@ -370,13 +371,13 @@ class Sitting:
 
 def sit(
     policy: LanguagePolicy, items: Items, waits: int, seed: int, config: Config,
-    continuation: str = "wait",
+    **options,  # for `judge`
 ) -> Sitting:
+    "Both orders of all items."
     verdicts, readings = [], []
     for order, shown in enumerate((items, items.swapped())):
         samples = judge(policy, shown, np.full(len(items), waits), derive_seed(seed, order),
-                        misread=config.misread, continuation=continuation,
-                        room=config.waits)
+                        misread=config.misread, room=config.waits, **options)
         reading = read(completions(samples))
         said = reading.verdicts
         verdicts.append(np.where(said == NO_VERDICT, said, said ^ order))
@@ -385,11 +386,11 @@ def sit(
 
 
 def sittings(
-    policy: LanguagePolicy, config: Config, seed: int, continuation: str = "wait"
+    policy: LanguagePolicy, config: Config, seed: int, **options
 ) -> list[Sitting]:  # by the number of continuations, 0 first
     "A judge at every level of forcing: same items, same random numbers."
     items = sample_items(config.held_out, derive_seed(seed, "held out"))
-    return [sit(policy, items, waits, derive_seed(seed, "sitting"), config, continuation)
+    return [sit(policy, items, waits, derive_seed(seed, "sitting"), config, **options)
             for waits in range(config.waits + 1)]
 
 
@@ -456,11 +457,11 @@ def accuracy_by_checks(sitting: Sitting) -> dict[str, list[float]]:
 
 
 def majority_accuracy(
-    policy: LanguagePolicy, levels: Sequence[Sitting], config: Config, seed: int
+    policy: LanguagePolicy, levels: Sequence[Sitting], config: Config, seed: int, **options
 ) -> list[float]:  # by the number of continuations whose tokens may be spent
     "Accuracy of a majority of unforced verdicts at the tokens of the forced ones."
     items = sample_items(config.held_out, derive_seed(seed, "held out"))
-    votes = [sit(policy, items, 0, derive_seed(seed, "vote", vote), config)
+    votes = [sit(policy, items, 0, derive_seed(seed, "vote", vote), config, **options)
              for vote in range(config.votes)]
     accuracies = []
     for level in levels:
@@ -479,14 +480,14 @@ GREEDY = 1e-6  # a temperature at which the most probable token is certain
 SHOWN_TRACES = 4
 
 
-def examine(policy: LanguagePolicy, config: Config, seed: int) -> Result:
+def examine(policy: LanguagePolicy, config: Config, seed: int, own: int = 1) -> Result:
     "All that is reported of a judge."
-    levels = sittings(policy, config, seed)
+    levels = sittings(policy, config, seed, own=own)
     curves = level_figures(levels) | accuracy_by_checks(levels[0])
-    curves["majority"] = majority_accuracy(policy, levels, config, seed)
-    greedy = sittings(LanguagePolicy(policy.lm, GREEDY), config, seed)
+    curves["majority"] = majority_accuracy(policy, levels, config, seed, own=own)
+    greedy = sittings(LanguagePolicy(policy.lm, GREEDY), config, seed, own=own)
     curves["greedy"] = [float(level.right.mean()) for level in greedy]
-    filler = sittings(policy, config, seed, "filler")
+    filler = sittings(policy, config, seed, continuation="filler", own=own)
     curves["filler"] = [float(level.right.mean()) for level in filler]
     accuracy = curves["accuracy"]
     scalars = {
@@ -560,7 +561,8 @@ def imitate(work: Work) -> Result:
             seed=derive_seed(work.seed, "order"), checkpoints=work.checkpoints,
             on_round=_reporter(work, config.sft_steps, "loss"))
         lm.save_pretrained(work.folder / "judge")
-        result = examine(LanguagePolicy(lm), config, work.seed)
+        result = examine(LanguagePolicy(lm), config, work.seed,
+                         own=TEACHERS[work.arm].reflections)
     return replace(result, scalars={**result.scalars, "accepted": accepted,
                                     "loss": history[-1]["loss"]})
 
