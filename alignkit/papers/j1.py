@@ -260,7 +260,7 @@ class Config:
     waits: int = 3  # forced in rollouts: 0 to this, uniformly; and up to this in tests
     misread: float = 0.05  # share of the environment's reports that are wrong
     held_out: int = 2000  # items, judged in both orders
-    votes: int = 5  # drawn for the majority at equal tokens
+    votes: int = 4  # drawn for the majority at equal tokens
     looks: tuple[int, ...] = (10, 20, 40, 70, 100)  # updates after which the slope is taken
 
     @classmethod
