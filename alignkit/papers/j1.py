@@ -304,28 +304,35 @@ class Environment:
         self.wrong = rng.random((self.cap.max(initial=0), len(items))) < misread
 
     def __call__(self, so_far: Tensor, drawn: Tensor) -> Tensor:  # a writer of `sample`
-        t = so_far.shape[1]
-        written = self._instead_of_closing(drawn.numpy())
-        if t:
-            self._answer(so_far[:, -1].numpy(), t, written)
-        written[t == self.cap - 1] = EOS
-        return torch.from_numpy(written)
+        written = self._answers(so_far.numpy())
+        choosing = written < 0  # the judge's own place; elsewhere its draw means nothing
+        closes = choosing & (drawn.numpy() == CLOSE)
+        continued = self._instead_of_closing(closes, choosing)
+        return torch.from_numpy(np.where(choosing, continued, written))
 
-    def _instead_of_closing(self, drawn: np.ndarray) -> np.ndarray:  # ids or −1
-        forced = (drawn == CLOSE) & (self.left > 0)
+    def _answers(self, so_far: np.ndarray) -> np.ndarray:  # (n,) ids or −1
+        "Reports after slots, the end after a verdict and where there is no more room."
+        t = so_far.shape[1]
+        written = np.full(len(so_far), -1)
+        if t:
+            last = so_far[:, -1]
+            asked = np.flatnonzero((last >= SLOT) & (last < SLOT + SLOTS))
+            slots = last[asked] - SLOT
+            written[asked] = REPORT + (self.winners[asked, slots] ^ self.wrong[t, asked])
+            written[(last >= VERDICT) & (last <= VERDICT + B)] = EOS
+        written[t == self.cap - 1] = EOS
+        return written
+
+    def _instead_of_closing(self, closes: np.ndarray, choosing: np.ndarray) -> np.ndarray:
+        "Ids or −1: a continuation while there are any left."
+        forced = closes & (self.left > 0)
         self.left -= forced
         if not self.filler:
             return np.where(forced, WAIT, -1)
         self.filling += REFLECTION * forced
-        filled = self.filling > 0
+        filled = choosing & (self.filling > 0)
         self.filling -= filled
         return np.where(filled, FILLER, -1)
-
-    def _answer(self, last: np.ndarray, t: int, written: np.ndarray) -> None:
-        asked = np.flatnonzero((last >= SLOT) & (last < SLOT + SLOTS))
-        slots = last[asked] - SLOT
-        written[asked] = REPORT + (self.winners[asked, slots] ^ self.wrong[t, asked])
-        written[(last >= VERDICT) & (last <= VERDICT + B)] = EOS
 
 
 def judge(
@@ -365,8 +372,9 @@ class Sitting:
         return credit(self.verdicts, self.labels).mean(1)
 
     def mean(self, figure: Callable[[Reading], np.ndarray]) -> float:
-        "Of both orders; `figure` gives one number a trace, or a check."
-        return float(np.concatenate([figure(reading) for reading in self.readings]).mean())
+        "Of both orders; `figure` gives one number a trace, or a check. 0 of nothing."
+        found = np.concatenate([figure(reading) for reading in self.readings])
+        return float(found.mean()) if len(found) else 0.0
 
 
 def sit(
@@ -492,11 +500,12 @@ def examine(policy: LanguagePolicy, config: Config, seed: int, own: int = 1) -> 
     accuracy = curves["accuracy"]
     scalars = {
         "slope": slope(levels), "slope_greedy": slope(greedy), "slope_filler": slope(filler),
-        "gain": accuracy[-1] - accuracy[0], "relative_gain": accuracy[-1] / accuracy[0] - 1,
-        "accuracy_0": accuracy[0],
+        "gain": accuracy[-1] - accuracy[0], "accuracy_0": accuracy[0],
         "slope_unread_half": float(np.polyfit(
             curves["waits"], curves["accuracy_unread_half"], 1)[0]),
         "slope_majority": float(np.polyfit(curves["waits"], curves["majority"], 1)[0])}
+    if accuracy[0]:
+        scalars["relative_gain"] = accuracy[-1] / accuracy[0] - 1
     if levels[-1].mean(lambda reading: after_wait(reading).sum(1)):
         scalars |= {"new": levels[-1].mean(new_share),
                     "new_memoryless": levels[-1].mean(memoryless_share)}
@@ -683,9 +692,10 @@ def _curve(arm: str, of_curves: Callable[[Any], float]) -> Figures:
     return lambda records: {r.seed: of_curves(r.curves) for r in records if r.arm == arm}
 
 
-def _trend(curves) -> float:
-    "Spearman's correlation of the slope with the updates before it."
-    return float(spearmanr(curves["look"], curves["slope_at"]).statistic)
+def _trend(records: Sequence[Record]) -> dict[int, float]:
+    "Spearman's correlation of the slope with the updates before it, where it changes at all."
+    return {r.seed: float(spearmanr(r.curves["look"], r.curves["slope_at"]).statistic)
+            for r in records if r.arm == "rl_forced" and len(set(r.curves["slope_at"])) > 1}
 
 
 MIN_TRACES = 50  # with that many checks, in both arms
@@ -800,7 +810,7 @@ def mechanism_claims() -> list[Claim]:
                 "evidence seen, after three Waits", [arm], _curve(arm, last("follows")),
                 source=OURS) for arm in (sft, rl)),
         _mini("8b.6", "the slope grows with the updates of RL: Spearman's correlation", [rl],
-              _curve(rl, _trend), Greater()),
+              _trend, Greater()),
         _mini("8b.7", "filler of equal length does nothing for RL with forced Waits: slope",
               [rl], _scalar(rl, "slope_filler"), Within(0.005), source=OURS),
         *(_mini(f"8b.7-{arm}", f"filler of equal length, {LABELS[arm]}: slope", [arm],
