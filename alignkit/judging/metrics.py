@@ -39,29 +39,49 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"
 
 def estimate(
-    figures: Numbers, # (n,) one a pair: what two orders share must not count twice
+    figures: Numbers, # (n,) one a pair: what two orders share must not count twice; NaN: none
+    items: np.ndarray | None = None, # (n,) int ≥ 0, alike where pairs share a prompt; None: nowhere
 ) -> Estimate: # Wilson's interval where all figures are 0 or 1, else that of `mean_interval`
-    "The mean of the figures."
+    "The mean of the figures; pairs that share an item count as one in the interval."
     x = np.asarray(figures, dtype=np.float64)
+    there = ~np.isnan(x)
+    x = x[there]
     if len(x) == 0:
         return Estimate(np.nan, np.nan, np.nan, 0)
+    if items is not None and len(np.unique(items[there])) < len(x):
+        return _of_items(x, items[there])
     if np.isin(x, (0, 1)).all():
         return Estimate(float(x.mean()), *wilson_interval(int(x.sum()), len(x)), len(x))
     low, high = mean_interval(x) if len(x) > 1 else (np.nan, np.nan)
     return Estimate(float(x.mean()), low, high, len(x))
 
+def _of_items(x: np.ndarray, items: np.ndarray) -> Estimate: # of the pairs
+    number = len(np.unique(items))
+    if (x == x[0]).all() and x[0] in (0, 1): # a spread of 0 would promise too much
+        return Estimate(float(x[0]), *wilson_interval(int(x[0]) * number, number), len(x))
+    if number == 1:
+        return Estimate(float(x.mean()), np.nan, np.nan, len(x))
+    return ratio(x, np.ones(len(x)), items)
+
+def _sums(x: np.ndarray, items: np.ndarray) -> np.ndarray: # one an item
+    return np.bincount(np.unique(items, return_inverse=True)[1], x)
+
 # %% ../../nbs/library/11b_judging_metrics.ipynb #b53f133e
 def ratio(
     top: np.ndarray, # (n,) one a pair
     bottom: np.ndarray, # (n,) of the same pairs
-) -> Estimate: # interval by linearisation: a mean over pairs
+    items: np.ndarray | None = None, # (n,) as in `estimate`
+) -> Estimate: # interval by linearisation: a mean over pairs, or over items
     "The mean of `top` over the mean of `bottom`."
+    n = len(bottom)
+    if items is not None:
+        top, bottom = _sums(top, items), _sums(bottom, items)
     base = np.mean(bottom)
     if base == 0:
         raise ValueError("bottom: a share of nothing is undefined, got a mean of 0")
     value = np.mean(top) / base
     low, high = mean_interval((top - value * bottom) / base)
-    return Estimate(float(value), float(value + low), float(value + high), len(bottom))
+    return Estimate(float(value), float(value + low), float(value + high), n)
 
 # %% ../../nbs/library/11b_judging_metrics.ipynb #17cab590
 def credit(
@@ -91,27 +111,31 @@ FLAGGED = 0.05
 def _mean_of_decided(
     figures: np.ndarray, # (n, k)
     verdicts: np.ndarray, # (n, k)
-) -> np.ndarray: # (m,) of the pairs with a winner in some order
+) -> np.ndarray: # (n,) NaN where no order has a winner
     decided = verdicts >= 0
-    some = decided.any(1)
-    return np.where(decided, figures, 0).sum(1)[some] / decided.sum(1)[some]
+    total, count = np.where(decided, figures, 0).sum(1), decided.sum(1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
-def _by_position(verdicts: np.ndarray) -> np.ndarray: # (m,) in [-1/2, 1/2]
+def _by_position(verdicts: np.ndarray) -> np.ndarray: # (n,) in [-1/2, 1/2] or NaN
     return _mean_of_decided((verdicts == [0, 1]) - 0.5, verdicts)
 
 def position_bias(
     verdicts: np.ndarray, # (n, 2)
+    items: np.ndarray | None = None, # (n,) as in `estimate`
 ) -> Estimate: # P(first place) − 1/2
     "In [−1/2, 1/2]; 0 for a judge that does not look at places."
-    return estimate(_by_position(verdicts))
+    return estimate(_by_position(verdicts), items)
 
 def position_p(
     verdicts: np.ndarray, # (n, 2)
+    items: np.ndarray | None = None, # (n,) as in `estimate`
 ) -> float: # two-sided
     "The exact sign test of no position bias; flag the judge at or below `FLAGGED`."
     from scipy.stats import binomtest  # type: ignore[import-untyped]
 
-    figures = _by_position(verdicts)
+    figures = np.nan_to_num(_by_position(verdicts))
+    if items is not None:
+        figures = _sums(figures, items)
     first, second = int((figures > 0).sum()), int((figures < 0).sum())
     return float(binomtest(first, first + second).pvalue) if first + second else 1.0
 
@@ -120,37 +144,38 @@ def length_bias(
     verdicts: np.ndarray, # (n, 2)
     lengths: np.ndarray, # (n, 2) of the answers as given, in any unit
     labels: np.ndarray | None = None, # (n,)
+    items: np.ndarray | None = None, # (n,) as in `estimate`
 ) -> Estimate: # P(the longer wins) − P(the longer is better), pairs of different lengths
     "In [−1, 1]; above 0 the judge likes length more than the labels do."
     verdicts, lengths = np.asarray(verdicts), np.asarray(lengths)
     if lengths.shape != verdicts.shape:
         raise ValueError(f"lengths: expected shape {verdicts.shape}, got {lengths.shape}")
-    unequal = lengths[:, 0] != lengths[:, 1]
-    longer = lengths.argmax(1)[unequal]
-    expected = 0.5 if labels is None else (np.asarray(labels)[unequal] == longer)[:, None]
-    verdicts = verdicts[unequal]
-    return estimate(_mean_of_decided((verdicts == longer[:, None]) - 1.0 * expected, verdicts))
+    longer = lengths.argmax(1)
+    expected = 0.5 if labels is None else (np.asarray(labels) == longer)[:, None]
+    figures = _mean_of_decided((verdicts == longer[:, None]) - 1.0 * expected, verdicts)
+    return estimate(np.where(lengths[:, 0] == lengths[:, 1], np.nan, figures), items)
 
 # %% ../../nbs/library/11b_judging_metrics.ipynb #22587b82
 def report(
     verdicts: np.ndarray, # (n, 2)
     labels: np.ndarray, # (n,)
     lengths: np.ndarray | None = None, # (n, 2)
+    items: np.ndarray | None = None, # (n,) as in `estimate`
 ) -> dict[str, Estimate]: # by the figure's name
     "Accuracy, consistency and biases, each with its interval."
     right = credit(verdicts, labels)
     figures = {
-        "accuracy": estimate(right.mean(1)),
-        "accuracy as given": estimate(right[:, 0]),
-        "accuracy swapped": estimate(right[:, 1]),
-        "right in both orders": estimate((right == 1).all(1)),
-        "consistency": estimate(consistent(verdicts)),
-        "position bias": position_bias(verdicts),
-        "ties": estimate((verdicts == TIE).mean(1)),
-        "unread": estimate((verdicts == UNREAD).mean(1)),
+        "accuracy": estimate(right.mean(1), items),
+        "accuracy as given": estimate(right[:, 0], items),
+        "accuracy swapped": estimate(right[:, 1], items),
+        "right in both orders": estimate((right == 1).all(1), items),
+        "consistency": estimate(consistent(verdicts), items),
+        "position bias": position_bias(verdicts, items),
+        "ties": estimate((verdicts == TIE).mean(1), items),
+        "unread": estimate((verdicts == UNREAD).mean(1), items),
     }
     if lengths is not None:
-        figures["length bias"] = length_bias(verdicts, lengths, labels)
+        figures["length bias"] = length_bias(verdicts, lengths, labels, items)
     return figures
 
 # %% ../../nbs/library/11b_judging_metrics.ipynb #1affcacf
