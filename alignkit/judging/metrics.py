@@ -59,8 +59,6 @@ def _of_items(x: np.ndarray, items: np.ndarray) -> Estimate: # of the pairs
     number = len(np.unique(items))
     if (x == x[0]).all() and x[0] in (0, 1): # a spread of 0 would promise too much
         return Estimate(float(x[0]), *wilson_interval(int(x[0]) * number, number), len(x))
-    if number == 1:
-        return Estimate(float(x.mean()), np.nan, np.nan, len(x))
     return ratio(x, np.ones(len(x)), items)
 
 def _sums(x: np.ndarray, items: np.ndarray) -> np.ndarray: # one an item
@@ -80,7 +78,7 @@ def ratio(
     if base == 0:
         raise ValueError("bottom: a share of nothing is undefined, got a mean of 0")
     value = np.mean(top) / base
-    low, high = mean_interval((top - value * bottom) / base)
+    low, high = mean_interval((top - value * bottom) / base) if len(bottom) > 1 else (np.nan, np.nan)
     return Estimate(float(value), float(value + low), float(value + high), n)
 
 # %% ../../nbs/library/11b_judging_metrics.ipynb #17cab590
