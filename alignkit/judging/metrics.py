@@ -36,6 +36,8 @@ class Estimate:
     n: int # pairs behind it
 
     def __str__(self) -> str:
+        if self.n == 0:
+            return "no pair says anything of it"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"
 
 def estimate(

@@ -47,7 +47,7 @@ class Pairs:
         prompts = [same_prompt({"prompt": task.prompt}) for task in self.tasks]
         return np.unique(prompts, return_inverse=True)[1]
 
-    def select(self, chosen: np.ndarray) -> "Pairs": # (n,) bool, or numbers of pairs
+    def select(self, chosen: np.ndarray | slice) -> "Pairs": # (n,) bool, or numbers of pairs
         "Some of the pairs."
         which = np.arange(len(self.tasks))[chosen]
         return replace(self, tasks=[self.tasks[i] for i in which], labels=self.labels[which],
