@@ -281,20 +281,20 @@ def write_page(args: argparse.Namespace) -> int:
 # %% ../nbs/library/13_cli.ipynb #af5a2b35
 def check_judge(args: argparse.Namespace) -> None:
     "`CommandError` (2) for a judge that cannot be one."
-    if "://" in args.judge:
-        if not args.model:
-            raise CommandError("--model: expected the server's name for the model, got none", 2)
-        if args.api_key_variable and not os.environ.get(args.api_key_variable):
-            raise CommandError(f"--api-key-variable: {args.api_key_variable} is not set", 2)
-        return
+    from alignkit.judging.evaluation import SMALL
+
+    served, folder = "://" in args.judge, (Path(args.judge) / "config.json").is_file()
+    if not (served or folder or args.judge == SMALL or re.fullmatch(r"\w[\w.-]*/[\w.-]+", args.judge)):
+        raise CommandError("--judge: expected a server's address (http://...), a folder with config.json, "
+                           f"OWNER/NAME on the Hub or {SMALL}, got {args.judge!r}", 2)
     for name, value in (("model", args.model), ("api-key-variable", args.api_key_variable)):
-        if value:
+        if value and not served:
             raise CommandError(f"--{name}: expected beside a server's address alone, "
                                f"got --judge {args.judge}", 2)
-    is_folder = (Path(args.judge) / "config.json").is_file()
-    if not is_folder and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", args.judge):
-        raise CommandError("--judge: expected a server's address (http://...), a folder with "
-                           f"config.json, or a name on the Hub, got {args.judge!r}", 2)
+    if served and not args.model:
+        raise CommandError("--model: expected the server's name for the model, got none", 2)
+    if args.api_key_variable and not os.environ.get(args.api_key_variable):
+        raise CommandError(f"--api-key-variable: {args.api_key_variable} is not set", 2)
 
 # %% ../nbs/library/13_cli.ipynb #2950f920
 def read_judged(args: argparse.Namespace) -> Any: # Pairs
@@ -315,14 +315,16 @@ def open_judge(args: argparse.Namespace, cache: Any) -> Any: # a TextGenerator
     "A server, or a model loaded here. `CommandError` where it cannot be had."
     from alignkit.judging import evaluation
 
+    served = "://" in args.judge
     try:
-        if "://" in args.judge:
+        if served:
             return evaluation.open_server(args.judge, args.model, cache, args.api_key_variable)
         return evaluation.load_model(args.judge, cache)
     except ModuleNotFoundError as error:
         raise CommandError(missing_module(error)) from error
     except (ValueError, OSError) as error:
-        raise CommandError(f"--judge: {error}") from error
+        what = str(error).removeprefix("base_url: ")
+        raise CommandError(f"--judge {args.judge}: {what}", 2 if served else 1) from error
 
 def judged(args: argparse.Namespace) -> Any: # an Evaluation
     "All questions, as far as they have not been answered before."
@@ -333,12 +335,15 @@ def judged(args: argparse.Namespace) -> Any: # an Evaluation
     pairs = read_judged(args)
     try:
         cache = Cache(Path(args.out) / "calls.sqlite")
-        judge = evaluation.make_judge(open_judge(args, cache), pairs, args.max_tokens)
-        return evaluation.evaluate(judge, pairs, evaluation.shown_progress())
-    except (BatchFailed, evaluation.Unreachable) as error:
-        raise CommandError(f"{error}\nwhat was answered is kept; the same command goes on") from error
     except (CacheError, OSError) as error:
         raise CommandError(f"--out: {error}") from error
+    judge = evaluation.make_judge(open_judge(args, cache), pairs, args.max_tokens)
+    try:
+        return evaluation.evaluate(judge, pairs, evaluation.shown_progress())
+    except (CacheError, evaluation.Unreachable) as error:
+        raise CommandError(str(error)) from error
+    except BatchFailed as error:
+        raise CommandError(f"{error}\nwhat was answered is kept; the same command goes on") from error
 
 # %% ../nbs/library/13_cli.ipynb #ea8f34af
 def judge(args: argparse.Namespace) -> int:
