@@ -9,6 +9,7 @@ __all__ = ['SMALL', 'Unreachable', 'reach', 'open_server', 'load_model', 'Lenien
 # %% ../../nbs/library/11f_judging_evaluation.ipynb #61c4fd02
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -80,7 +81,7 @@ def open_server(
 
 # %% ../../nbs/library/11f_judging_evaluation.ipynb #6a4e9a13
 class _Fitting:
-    "A local model that is only asked what fits into it."
+    "A local model that is only asked what it can read."
 
     def __init__(self, local, cache: Cache): # a `LocalModel`
         self.local, self.can = local, local.can
@@ -98,8 +99,10 @@ class _Fitting:
         from alignkit.generate.model import prompt_text
         from alignkit.models.language import encode_prompts
 
-        room = getattr(self.local.lm.config, "max_position_embeddings", None)
         text = prompt_text(self.local.tokenizer, request)
+        if re.search("[\ud800-\udfff]", text):
+            return CallFailed("expected text, got a lone surrogate", server_at_fault=False)
+        room = getattr(self.local.lm.config, "max_position_embeddings", None)
         used = int(encode_prompts(self.local.tokenizer, [text])[1].sum())
         if room is None or used + request.max_new_tokens <= room:
             return None
