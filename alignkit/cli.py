@@ -339,7 +339,8 @@ def judged(args: argparse.Namespace) -> Any: # an Evaluation
         raise CommandError(f"--out: {error}") from error
     judge = evaluation.make_judge(open_judge(args, cache), pairs, args.max_tokens)
     try:
-        return evaluation.evaluate(judge, pairs, evaluation.shown_progress())
+        return evaluation.evaluate(judge, pairs, evaluation.shown_progress(),
+                                   batch_size=32 if "://" in args.judge else 8)
     except (CacheError, evaluation.Unreachable) as error:
         raise CommandError(str(error)) from error
     except BatchFailed as error:

@@ -185,7 +185,7 @@ def evaluate(
     judge: Judge, # of two answers
     pairs: Pairs,
     progress: Callable[[int, int], None] = lambda done, total: None, # after every batch
-    batch_size: int = 16, # pairs
+    batch_size: int = 32, # pairs asked about together
 ) -> Evaluation:
     "Ask about every pair that has a better answer, in both orders."
     decided = pairs.select(pairs.labels >= 0)
@@ -241,6 +241,8 @@ def lines(
         if name == "position bias" and found.flagged:
             note = f"   FLAGGED (p = {found.position_p:.2g}): it prefers the " \
                    f"{'first' if figure.value > 0 else 'second'} place"
+        if name == "unread" and figure.value > 0:
+            note = "   counted as wrong"
         yield f"{name:<23}{figure}{note}"
     for order, counts in zip(("as given", "swapped"), found.outcomes, strict=True):
         said = ", ".join(f"{outcome} {count}" for outcome, count in counts.items())
