@@ -162,6 +162,24 @@ def test_a_question_that_the_server_refuses_is_counted_and_the_others_go_on(here
     assert found["figures"]["accuracy"]["value"] == 7 / 8 and found["figures"]["unread"]["value"] == 1 / 8
 
 
+def test_a_judge_that_refuses_everything_is_no_result(here, serve, capsys):  # noqa: F811
+    server = serve([Fault(b"this server is pinned to another model", 400)] * 4)
+    data = write(here / "pairs.jsonl", preferences(2))
+    status, out, err = call(capsys, "judge", data, "--judge", server.url, "--model", "m", "--json")
+    assert (status, out) == (1, "") and "refused all 4 questions, the first: " in err and "pinned" in err
+
+
+def test_one_pair_with_votes_is_enough(here, serve, capsys):  # noqa: F811
+    (here / "people.json").write_text(json.dumps([{
+        "instruction": "?", "input": "", "response1": "right", "response2": "wrong",
+        **{f"annotator{k}": 1 for k in (1, 2, 3)}}]))
+    judge = ("judge", "people.json", "--judge", serve(answers=knowing).url, "--model", "m")
+    status, out, _ = call(capsys, *judge)
+    assert status == 0 and re.search(r"the judge, on the same +1\.000", out)
+    people = json.loads(call(capsys, *judge, "--json")[1])["people"]
+    assert people["judge"] == {"value": 1.0, "low": None, "high": None, "n": 1} and people["kappa"] is None
+
+
 URL = ("--judge", "http://127.0.0.1:9/v1")
 
 

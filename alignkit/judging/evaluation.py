@@ -29,7 +29,7 @@ from ..runs import require
 
 # %% ../../nbs/library/11f_judging_evaluation.ipynb #7193f240
 class Unreachable(RuntimeError):
-    "No server answers there, or not to us; the message says what to do."
+    "No judge answers there, or not to us; the message says why."
 
 _AT_ONCE = 20.0 # seconds
 
@@ -187,7 +187,7 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None, # after every batch
     batch_size: int = 32, # pairs asked about together
 ) -> Evaluation:
-    "Ask about every pair that has a better answer, in both orders."
+    "Ask about every pair that has a better answer, in both orders; `Unreachable` if all is refused."
     decided = pairs.select(pairs.labels >= 0)
     if not decided.tasks:
         raise ValueError(f"pairs: expected one with a better answer, got {len(pairs.tasks)} ties")
@@ -197,6 +197,9 @@ def evaluate(
     for start in range(0, len(decided.tasks), batch_size):
         both += pairwise(judge, decided.tasks[start:start + batch_size])
         progress(len(both), len(decided.tasks))
+    if len(lenient.refused) == 2 * len(both):
+        raise Unreachable(f"the judge refused all {2 * len(both)} questions, "
+                          f"the first: {lenient.refused[0]}")
     people, panels = _beside_people(both, decided)
     verdicts, items = winners(both), decided.items
     return Evaluation(
