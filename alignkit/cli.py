@@ -324,7 +324,7 @@ def open_judge(args: argparse.Namespace, cache: Any) -> Any: # a TextGenerator
         raise CommandError(missing_module(error)) from error
     except (ValueError, OSError) as error:
         what = str(error).removeprefix("base_url: ")
-        raise CommandError(f"--judge {args.judge}: {what}", 2 if served else 1) from error
+        raise CommandError(f"--judge: {what}", 2 if served else 1) from error
 
 def judged(args: argparse.Namespace) -> Any: # an Evaluation
     "All questions, as far as they have not been answered before."
@@ -351,8 +351,8 @@ def judge(args: argparse.Namespace) -> int:
     "`alignkit judge`"
     check_judge(args)
     with contextlib.redirect_stdout(sys.stderr):
-        print(f"alignkit {__version__}: {args.judge} judges {args.data} in both orders; all answers "
-              f"are kept in {args.out}", flush=True)
+        print(f"alignkit {__version__}: {args.model or args.judge} judges {args.data} in both "
+              f"orders; all answers are kept in {args.out}", flush=True)
         found = judged(args)
     from alignkit.judging import evaluation
     from alignkit.storage import write_durably

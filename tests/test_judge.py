@@ -193,6 +193,7 @@ URL = ("--judge", "http://127.0.0.1:9/v1")
     (("pairs.jsonl", "--judge", "localhost:8000/v1"), 2, "a server's address (http://...)"),
     (("pairs.jsonl", "--judge", "./gone"), 2, "a folder with config.json"),
     (("pairs.jsonl", "--judge", "ftp://host/v1", "--model", "m"), 2, "expected http://"),
+    (("pairs.jsonl", "--judge", "http://me:planted@host/v1", "--model", "m"), 2, "expected no user, password or query"),
     (("pairs.jsonl", "--judge", "owner/name", "--model", "m"), 2, "--model: expected beside a server's address"),
     (("pairs.jsonl", *URL, "--model", "m", "--out", "pairs.jsonl"), 1, "--out: "),
     (("pairs.jsonl", *URL, "--model", "m"), 1, "refused): is the server running, and is this its address"),
@@ -206,7 +207,7 @@ def test_what_cannot_be_done_is_said(here, capsys, argv, status, message):
                                  "annotator1": 0, "annotator2": 0, "annotator3": 0}])
     found, out, err = call(capsys, "judge", *argv, "--json")
     assert (found, out) == (status, "") and message in err, err
-    assert "Traceback" not in err
+    assert "Traceback" not in err and "planted" not in err
 
 
 def test_an_unknown_model_a_refused_key_and_a_key_that_is_nowhere(here, serve, capsys, monkeypatch):  # noqa: F811

@@ -76,7 +76,8 @@ def open_server(
     api_key_variable: str | None = None, # environment variable with the key
 ) -> TextGenerator:
     "A model behind an OpenAI-compatible server."
-    require("openai", "judges")
+    for module in ("openai", "tenacity"):
+        require(module, "judges")
     return _Reached(Served(url, model, cache, api_key_variable=api_key_variable))
 
 # %% ../../nbs/library/11f_judging_evaluation.ipynb #6a4e9a13
