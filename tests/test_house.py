@@ -17,7 +17,7 @@ BY_HAND = {"alignkit/__init__.py", "alignkit/ops/__init__.py"}
 HEAVY = {"torch", "transformers", "datasets", "triton", "trl", "mujoco", "matplotlib", "pandas"}
 LIGHT = ["alignkit", "alignkit.stats", "alignkit.storage", "alignkit.runs", "alignkit.claims",
          "alignkit.report", "alignkit.cli", "alignkit.trackers", "alignkit.judging.judges",
-         "alignkit.judging.pairs", "alignkit.judging.scaling"]
+         "alignkit.judging.pairs", "alignkit.judging.scaling", "alignkit.judging.evaluation"]
 
 
 def relative(path):

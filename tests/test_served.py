@@ -645,3 +645,22 @@ def test_a_real_server_is_made_to_think_longer_as_the_model_here_is(real, cache)
             assert their.thinking_tokens == our.thinking_tokens and their.text.count(" wait") == waits
         asked = judge.usage.answered
         assert forcing.generate(requests) == theirs and judge.usage.answered == asked
+
+
+def test_a_real_server_is_judged_from_the_command_line(real, tmp_path, monkeypatch, capsys):
+    "A tiny random model writes no verdict: all of it is counted, and nothing is asked twice."
+    from alignkit import cli
+
+    url, name, local = real
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i}?", "chosen": "right", "rejected": "wrong"} for i in range(2)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    judge = ("judge", "pairs.jsonl", "--judge", url, "--model", name, "--max-tokens", "6", "--json")
+    assert cli.main(judge) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [sum(counts.values()) for counts in found["outcomes"].values()] == [2, 2]
+    assert found["figures"]["unread"]["value"] == 1 and found["tokens"]["completion"] > 0
+    said = [json.loads(line) for line in (tmp_path / found["judgements"]).read_text().splitlines()]
+    assert len({one["prompt_tokens"] for one in said}) == 1 and all(one["text"] for one in said)
+    monkeypatch.setattr(served._Batch, "_call", lambda *_: pytest.fail("asked again"))
+    assert cli.main(judge) == 0 and json.loads(capsys.readouterr().out) == found
