@@ -75,7 +75,7 @@ def record(data):
                               "theirs": theirs(folder / "statistics.json"),
                               "report": {name: astuple(figure) for name, figure in figures.items()}})
     people = read_pairs(data / "pandalm" / "testset-v1.json")
-    top = ceiling(people.votes)
+    top = ceiling(people.votes, people.items)
     return {"source": "LLMBar (princeton-nlp/LLMBar, MIT) and PandaLM (WeOpenML/PandaLM, Apache-2.0)",
             "completions": completions, "read_alike": completions - len(differences), "cells": cells,
             "differences": differences, "unread": unread, "two_verdicts": several,
