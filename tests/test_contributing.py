@@ -57,15 +57,15 @@ def alignkit(folder, *arguments):
 
 
 def test_the_minimal_paper_runs_and_its_claim_is_decided(copy):
-    bring_in(copy, example("paper"), "nbs/papers/05_j1.ipynb")
-    alignkit(copy, "run", "j1", "--scale", "smoke", "--seeds", "1", "--first-seed", "0",
+    bring_in(copy, example("paper"), "nbs/papers/06_navab.ipynb")
+    alignkit(copy, "run", "navab", "--scale", "smoke", "--seeds", "1", "--first-seed", "0",
              "--out", "smoke")
-    shown = alignkit(copy, "run", "j1", "--seeds", "10", "--out", "results/j1-try")
+    shown = alignkit(copy, "run", "navab", "--seeds", "10", "--out", "results/navab-try")
     assert "reproduced" in shown and "8a.1" in shown
-    results = json.loads((copy / "results/j1-try/j1.json").read_text())
+    results = json.loads((copy / "results/navab-try/navab.json").read_text())
     [claim] = results["claims"]
     assert claim["verdict"] == "reproduced" and len(claim["per_seed"]) == 10
-    assert "report.html" in shown and (copy / "results/j1-try/report.html").exists()
+    assert "report.html" in shown and (copy / "results/navab-try/report.html").exists()
 
 
 def test_the_minimal_operator_is_registered_checked_and_compiles(copy):
