@@ -1,5 +1,6 @@
 """Solutions of the notebooks' exercises, one function each, named in the exercise's text. Look only afterwards."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,9 +8,10 @@ import torch
 
 from alignkit.models.language import Tokens
 from alignkit.models.scores import Scores, tiny_scorelm
-from alignkit.papers import bspo
+from alignkit.papers import bspo, j1
 from alignkit.rl.algorithms import BSPO, until_unsupported
 from alignkit.rl.rollout import Rollout, whiten
+from alignkit.worlds import evidence
 from alignkit.worlds.grammar import TokenGrammar, grammar_tokenizer, sample_sentences
 from alignkit.worlds.mdp import q_values, random_mdp
 
@@ -87,3 +89,44 @@ def test_bspo_3_a_fine_that_grows_with_surprise():
     expected = scores + 0.5 * torch.where(logps.exp() > eps_beta, 0.0, logps).sum(1)
     assert torch.allclose(LogFine(scorelm, eps_beta, 0.5)(rollout).rewards, expected)
     assert torch.equal(LogFine(scorelm, 0.0, 0.5)(rollout).rewards, scores)
+
+
+# ---- 05_j1 ---------------------------------------------------------------------------
+
+
+def test_j1_1_the_second_look_helps_nobody():
+    "With an even number of looks, the last one either changes nothing or makes a tie for a coin."
+    for slots, p in ((7, 0.5), (9, 0.35), (5, 0.2)):
+        for k in range(2, slots, 2):
+            assert np.isclose(evidence.ceiling(k, slots, p), evidence.ceiling(k - 1, slots, p))
+    # so a judge that always sees something new gains from every other Wait only
+    gains = np.diff([j1.toy_accuracy(waits, 1.0, 1.0) for waits in range(7)])
+    assert (gains[1::2] < 1e-12).all() and (gains[0::2] > 0.02).all()
+
+
+def test_j1_2_selecting_how_and_not_only_what_moves_the_habits():
+    traces = j1.simulate_toy(0.3, 0.3, waits=2, n=100_000, seed=0)
+    right = traces.verdicts[:, -1] == traces.labels
+    careful = right & traces.updated.any(1) & (traces.new.sum(1) >= 2)
+    by_outcome, by_process = (j1.toy_fit(traces[rows]) for rows in (right, careful))
+    assert max(abs(np.subtract(by_outcome, 0.3))) < 0.02
+    assert min(np.subtract(by_process, 0.3)) > 0.2
+    gain = [j1.toy_accuracy(4, *judge) - j1.toy_accuracy(0, *judge)
+            for judge in (by_outcome, by_process)]
+    assert gain[1] > 2 * gain[0]
+
+
+def first_leaning(ids):  # (n, T) -> (n,)
+    leans = (ids >= evidence.LEANING) & (ids <= evidence.LEANING + evidence.B)
+    first = ids[np.arange(len(ids)), leans.argmax(1)] - evidence.LEANING
+    return np.where(leans.any(1), first, evidence.NO_VERDICT)
+
+
+def test_j1_3_a_parser_that_stops_at_the_first_opinion_sees_no_scaling():
+    items = evidence.sample_items(4000, seed=0)
+    teacher = evidence.Teacher(p_new=1.0, p_update=1.0, p_reflect=1.0)
+    traces = {n: evidence.teach(items, replace(teacher, reflections=n), seed=0) for n in (0, 2)}
+    last = [(evidence.read(ids).verdicts == items.labels).mean() for ids in traces.values()]
+    first = [(first_leaning(ids) == items.labels).mean() for ids in traces.values()]
+    assert last[1] - last[0] > 0.1
+    assert abs(first[1] - first[0]) < 0.03

@@ -767,6 +767,8 @@ def scaling_claims() -> list[Claim]:
         _mini("8b.2-sft-slope", "SFT: slope per Wait", [sft], _scalar(sft, "slope")),
         _mini("8b.2-sft-half", "SFT: slope per Wait where no verdict counts one half", [sft],
               _scalar(sft, "slope_unread_half")),
+        _mini("8b.2-base-half", "the base judge: slope per Wait where no verdict counts one half",
+              [base], _scalar(base, "slope_unread_half")),
         _mini("8b.2-unfiltered", "slope per Wait, SFT on right traces less SFT on all",
               [sft, "sft_unfiltered"], _lead(sft, "sft_unfiltered"), source=OURS),
         _mini("8b.2-replacement", "SFT from a teacher without confirmation bias: slope per Wait",
