@@ -196,6 +196,7 @@ def _setup(ctx, inputs, output):
     _, figures, grad, divisor = output
     ctx.save_for_backward(grad, divisor)
     ctx.mark_non_differentiable(figures, grad, divisor)
+    ctx.set_materialize_grads(False) # or torch fills a table of zeros for `grad`
     ctx.dtype, ctx.backend = inputs[0].dtype, inputs[-1]
 
 def _backward(ctx, grad_loss, *_):
