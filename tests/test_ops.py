@@ -16,7 +16,8 @@ from alignkit.ops import dispatch
 COMPOSED = {"linear_token_logps", "attention_fusion"}
 OPERATORS = [name for name in ops.__all__
              if f"{name}_reference" in ops.__all__ and name not in COMPOSED]
-REGISTERED = [*OPERATORS, "token_logps_backward", "attend", "attend_backward", "flags"]
+REGISTERED = [*OPERATORS, "token_logps_backward", "clipped_policy_loss_backward", "attend",
+              "attend_backward", "flags"]  # fmt: skip
 
 
 def samples(name, kernel):
@@ -63,6 +64,10 @@ def samples(name, kernel):
                "k3", "sequence", True, kernel)  # fmt: skip
         yield (steps.bfloat16().requires_grad_(), steps, steps[:, 0], some, steps, *band, 0.1,
                "k2", "sum", True, "reference")  # fmt: skip
+    if name == "clipped_policy_loss_backward":
+        yield steps, torch.rand(()), torch.tensor(3.0), None
+        yield steps.T, torch.rand(()), torch.tensor(3.0), kernel
+        yield steps.double(), torch.rand(()).double(), torch.tensor(3.0).double(), "reference"
     queries, seen, felt = torch.randn(B, 2, V), torch.randn(B, 4, V), torch.randn(B, 1, V)
     some = torch.tensor([True, False, True, True]).expand(B, 4)
     if name == "attend":
@@ -183,7 +188,7 @@ def test_compiled_code_still_refuses_by_name():
 @pytest.fixture
 def without(monkeypatch):
     """Make a compiled backend missing, as on a machine that could not build it."""
-    caches = dispatch.extension, dispatch.problem, dispatch.warn_slow
+    caches = dispatch.extension, dispatch.problem, dispatch.warn_slow, dispatch._preferred
 
     def remove(name):
         monkeypatch.setitem(sys.modules, f"alignkit._{name}", None)

@@ -139,7 +139,7 @@ dispatch.define("flags(Tensor x, str name) -> Tensor", _flags, _flags_fake)
 def as_flags(
     name: str, # argument to name in the error
     x: Tensor, # bool, or floats that are all 0 or 1
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     device: torch.device,
 ) -> Tensor: # bool
     "Check a flag or mask and return it as bool."

@@ -42,14 +42,14 @@ def check_rank(
 def check_tensor(
     name: str, # argument to name in the error
     x: Tensor,
-    shape: Sequence[int], # exact shape; nothing is broadcast
+    shape: tuple[int, ...], # exact shape; nothing is broadcast
     device: torch.device, # the device of the first argument
     dtypes: Sequence[torch.dtype] = FLOATS,
 ) -> None:
     "Raise unless `x` is a tensor of this shape, device, and one of these dtypes."
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if tuple(x.shape) != tuple(shape):
+    if x.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
     if x.dtype not in dtypes:
         expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -107,12 +107,34 @@ def define_gradient(
     known = f"{name}.backward" in _functions
     _functions[f"{name}.backward"] = backward
     _functions[f"{name}.setup"] = setup_context
-    if known:
-        return
-    torch.library.register_autograd(
-        f"alignkit::{name}", _late(f"{name}.backward"), lib=library,
-        setup_context=lambda ctx, inputs, output:
-            _functions[f"{name}.setup"](ctx, inputs, output))
+    if not known:
+        library.impl(name, _with_gradient(name), "Autograd", with_keyset=True)
+
+# %% ../../nbs/kernels/00_dispatch.ipynb #5b74cf46
+def _with_gradient(name: str) -> Callable:
+    "What torch calls where a gradient may be wanted."
+    operator = getattr(torch.ops.alignkit, name).default
+
+    def without(keys: torch.DispatchKeySet, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keys, *args):
+            output = without(keys, *args)
+            _functions[f"{name}.setup"](ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return None, *_functions[f"{name}.backward"](ctx, *grads)
+
+    def call(keys: torch.DispatchKeySet, *args):
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        return Gradient.apply(keys, *args) if wanted else without(keys, *args)
+
+    return call
 
 # %% ../../nbs/kernels/00_dispatch.ipynb #cd89afac
 def refuse_unless(
@@ -180,17 +202,20 @@ def choose(
 ) -> Callable:
     "The implementation that serves these tensors."
     given = [t for t in tensors if t is not None]
-    double = any(t.dtype == torch.float64 for t in given)
+    device, dtypes = given[0].device, [t.dtype for t in given]
+    double = torch.float64 in dtypes
     if backend is not None:
-        check_backend(backend, offered, given[0].device, double)
+        check_backend(backend, offered, device, double)
         return offered[backend]
-    preferred = [n for n in _PREFERENCE.get(given[0].device.type, ()) if n in offered]
+    return offered["reference" if double else _preferred(device.type, *offered)]
+
+@functools.cache
+def _preferred(device: str, *offered: str) -> str:
+    preferred = [n for n in _PREFERENCE.get(device, ()) if n in offered]
     usable = [n for n in preferred if not problem(n)]
-    if double or not preferred:
-        return offered["reference"]
-    if not usable:
+    if preferred and not usable:
         warn_slow(preferred[0])
-    return offered[usable[0] if usable else "reference"]
+    return usable[0] if usable else "reference"
 
 # %% ../../nbs/kernels/00_dispatch.ipynb #6ba7a16d
 def check_backend(

@@ -95,18 +95,24 @@ def policy_loss_gradient(
     return slope if mask is None else slope.where(mask, 0)
 
 # %% ../../nbs/kernels/05_policy_loss.ipynb #baad713f
-def _on_cpu(logps, old, advantages, mask, ref, weights, eps_low, eps_high, beta, kl, grad):
-    sums = torch.empty(6, dtype=torch.float64)
+def _on_cpu(logps, old, advantages, mask, ref, eps_low, eps_high, beta, kl, reduction, grad):
+    loss, figures, divisor = (logps.new_empty(shape) for shape in ((), 4, ()))
     dispatch.extension("cpu").clipped_policy_loss(
         pointer(logps), pointer(old), pointer(advantages), advantages.dim() == 1,
-        pointer(mask), pointer(ref), pointer(weights), eps_low, eps_high, beta, kl,
-        pointer(sums), pointer(grad), *logps.shape)
-    return sums
+        pointer(mask), pointer(ref), eps_low, eps_high, beta, ESTIMATORS.index(kl),
+        REDUCTIONS.index(reduction), pointer(loss), pointer(figures), pointer(divisor),
+        pointer(grad), *logps.shape)
+    return loss, figures, divisor
 
-def _on_triton(logps, *args):
+def _on_triton(logps, old, advantages, mask, ref, eps_low, eps_high, beta, kl, reduction, grad):
     kernels = dispatch.extension("triton.policy_loss")
+    weights = _row_weights(mask, logps.shape[1], reduction)
     with dispatch.device_of(logps):
-        return kernels.clipped_policy_loss(logps, *args)
+        sums = kernels.clipped_policy_loss(logps, old, advantages, mask, ref, weights, eps_low,
+                                           eps_high, beta, ESTIMATORS.index(kl), grad)
+    n = sums[5].clamp(min=1)
+    divisor = _divisor(n, logps.shape, mask is not None, reduction)
+    return (sums[0] / divisor).float(), (sums[1:5] / n).float(), divisor.float()
 
 # %% ../../nbs/kernels/05_policy_loss.ipynb #24606665
 def _row_weights(mask: Tensor | None, T: int, reduction: str) -> Tensor | None: # (B,)
@@ -139,18 +145,13 @@ def _by_reference(logps, old, advantages, mask, ref, eps_low, eps_high, beta, kl
 def _by_kernel(launch: Callable):
     def compute(logps, old, advantages, mask, ref, eps_low, eps_high, beta, kl, reduction,
                 needs_grad):
-        columns = (dense(x, torch.float32) for x in (logps, old, advantages))
-        logps, old, advantages = columns
+        logps, old, advantages = (dense(x, torch.float32) for x in (logps, old, advantages))
         ref = None if ref is None else dense(ref, torch.float32)
         mask = None if mask is None else dense(mask, torch.bool)
         grad = torch.empty_like(logps) if needs_grad else None
-        weights = _row_weights(mask, logps.shape[1], reduction)
-        sums = launch(logps, old, advantages, mask, ref, weights, eps_low, eps_high, beta,
-                      ESTIMATORS.index(kl), grad)
-        n = sums[5].clamp(min=1)
-        divisor = _divisor(n, logps.shape, mask is not None, reduction)
-        return ((sums[0] / divisor).float(), (sums[1:5] / n).float(),
-                logps.new_empty(0) if grad is None else grad, divisor.float())
+        loss, figures, divisor = launch(logps, old, advantages, mask, ref, eps_low, eps_high,
+                                        beta, kl, reduction, grad)
+        return loss, figures, logps.new_empty(0) if grad is None else grad, divisor
     return compute
 
 _LOSS = {"reference": _by_reference, "cpu": _by_kernel(_on_cpu),
@@ -172,15 +173,37 @@ dispatch.define(
     "bool needs_grad, str? backend) -> (Tensor loss, Tensor figures, Tensor grad, "
     "Tensor divisor)", _clipped_policy_loss, _clipped_policy_loss_fake)
 
+def _scaled(grad, factor):
+    return grad * factor
+
+def _scaled_on_cpu(grad, factor):
+    grad = dense(grad, torch.float32)
+    scaled = torch.empty_like(grad)
+    dispatch.extension("cpu").clipped_policy_loss_backward(
+        pointer(grad), float(factor), pointer(scaled), grad.numel())
+    return scaled
+
+_SCALED = {"reference": _scaled, "cpu": _scaled_on_cpu, "triton": _scaled}
+
+def _loss_backward(grad, grad_loss, divisor, backend):
+    return dispatch.choose(backend, _SCALED, grad)(grad, grad_loss / divisor)
+
+dispatch.define(
+    "clipped_policy_loss_backward(Tensor grad, Tensor grad_loss, Tensor divisor, "
+    "str? backend) -> Tensor", _loss_backward, lambda grad, *_: grad.new_empty(grad.shape))
+
 def _setup(ctx, inputs, output):
     _, figures, grad, divisor = output
     ctx.save_for_backward(grad, divisor)
     ctx.mark_non_differentiable(figures, grad, divisor)
-    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False) # or torch fills a table of zeros for `grad`
+    ctx.dtype, ctx.backend = inputs[0].dtype, inputs[-1]
 
 def _backward(ctx, grad_loss, *_):
     grad, divisor = ctx.saved_tensors
-    return (grad * (grad_loss / divisor)).to(ctx.dtype), *[None] * 11
+    grad = torch.ops.alignkit.clipped_policy_loss_backward(
+        grad, grad_loss, divisor, ctx.backend)
+    return grad.to(ctx.dtype), *[None] * 11
 
 dispatch.define_gradient("clipped_policy_loss", _backward, _setup)
 

@@ -4,23 +4,23 @@
 //
 // Each step is a pair (a, c): advantage = a + c * (advantage of the step after it). A row is
 // walked from its end in tiles small enough for the first cache: the pairs of a tile do not
-// depend on each other and are computed side by side. They are then scanned sixteen at a time
-// within a vector register, or four at a time, so that only one multiply-add in sixteen, or in
-// four, waits for the step after it.
+// depend on each other and are computed side by side. They are then scanned four at a time, so
+// that only one multiply-add in four waits for the step after it. advantages_v4.h does it in
+// registers of sixteen.
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <type_traits>
 
+#include "advantages_v4.h"
 #include "kernels.h"
 #include "wide.h"
 
 namespace alignkit {
 namespace {
 
-constexpr int kTile = 256;
-
 struct Tile {
+  explicit Tile(const GaeArguments&) {}
+
   float after[kTile];  // value of the state after each step, where steps may be skipped
   float a[kTile];
   float c[kTile];
@@ -38,9 +38,19 @@ struct Given {
   static constexpr bool mask = kMask, cut = kCut, end = kEnd, floor = kFloor;
 };
 
+// Value after each step, from the next step that counts; `next` beyond the end, and then at
+// the start.
+void values_after(const float* values, const std::uint8_t* mask, int n, float* after,
+                  float& next) {
+  for (int i = n - 1; i >= 0; --i) {
+    after[i] = next;
+    next = mask[i] ? values[i] : next;
+  }
+}
+
 // Pairs of the `n` steps from `first` on, an offset into (B, T); `values` points at the same
 // step. Later rules win: termination over truncation, the floor over both.
-template <class G, class Scan>
+template <class G>
 void pairs(const GaeArguments& x, std::int64_t first, const float* values, int n, Tile& tile,
            Carry& carry) {
   const float* rewards = x.rewards + first;
@@ -72,7 +82,7 @@ void pairs(const GaeArguments& x, std::int64_t first, const float* values, int n
     tile.c[i] = c;
   };
   if constexpr (G::mask) {
-    Scan::values_after(values, mask, n, tile.after, carry.next_value);
+    values_after(values, mask, n, tile.after, carry.next_value);
     for (int i = 0; i < n; ++i) pair(i, tile.after[i]);
   } else {
     for (int i = 0; i < n; ++i) pair(i, values[i + 1]);
@@ -81,108 +91,23 @@ void pairs(const GaeArguments& x, std::int64_t first, const float* values, int n
   }
 }
 
-struct FourAtATime {
-  // Value after each step, from the next step that counts; `next` beyond the end, and then at
-  // the start.
-  static void values_after(const float* values, const std::uint8_t* mask, int n, float* after,
-                           float& next) {
-    for (int i = n - 1; i >= 0; --i) {
-      after[i] = next;
-      next = mask[i] ? values[i] : next;
-    }
+// out[i] = a[i] + c[i] * out[i + 1], with `last` beyond the end. Returns out[0].
+float scan(const float* a, const float* c, int n, float last, float* out) {
+  int i = n;
+  for (; i >= 4; i -= 4) {
+    const float *p = a + i - 4, *q = c + i - 4;
+    const float a2 = p[2] + carried(q[2], p[3]), c2 = q[2] * q[3];
+    const float a1 = p[1] + carried(q[1], a2), c1 = q[1] * c2;
+    const float a0 = p[0] + carried(q[0], a1), c0 = q[0] * c1;
+    float* o = out + i - 4;
+    o[3] = p[3] + carried(q[3], last);
+    o[2] = a2 + carried(c2, last);
+    o[1] = a1 + carried(c1, last);
+    o[0] = last = a0 + carried(c0, last);
   }
-
-  // out[i] = a[i] + c[i] * out[i + 1], with `last` beyond the end. Returns out[0].
-  static float scan(const float* a, const float* c, int n, float last, float* out) {
-    int i = n;
-    for (; i >= 4; i -= 4) {
-      const float *p = a + i - 4, *q = c + i - 4;
-      const float a2 = p[2] + carried(q[2], p[3]), c2 = q[2] * q[3];
-      const float a1 = p[1] + carried(q[1], a2), c1 = q[1] * c2;
-      const float a0 = p[0] + carried(q[0], a1), c0 = q[0] * c1;
-      float* o = out + i - 4;
-      o[3] = p[3] + carried(q[3], last);
-      o[2] = a2 + carried(c2, last);
-      o[1] = a1 + carried(c1, last);
-      o[0] = last = a0 + carried(c0, last);
-    }
-    while (--i >= 0) out[i] = last = a[i] + carried(c[i], last);
-    return last;
-  }
-};
-
-#ifdef ALIGNKIT_V4
-// The same in a register: after four doublings each lane holds the pair of itself and of all
-// lanes behind it.
-struct SixteenAtATime {
-  typedef float Lanes __attribute__((vector_size(64)));
-  typedef std::int32_t Index __attribute__((vector_size(64)));
-
-  // By reference: how such vectors are passed by value depends on the flags of the compiler.
-  static void add_carried(Lanes& a, const Lanes& c, const Lanes& behind) {
-    a = c == 0.0f ? a : a + c * behind;
-  }
-
-  template <int kBy>
-  static void join(Lanes& a, Lanes& c) {
-    const Lanes zero = {}, one = zero + 1.0f;
-    const Index lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    // beyond the last lane, the other vector: the pair that changes nothing
-    add_carried(a, c, __builtin_shuffle(a, zero, lane + kBy));
-    c *= __builtin_shuffle(c, one, lane + kBy);
-  }
-
-  // A lane that does not count takes what the lane `kBy` behind it has.
-  template <int kBy>
-  static void take(Lanes& value, Index& known) {
-    const Index lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    value = known ? value : __builtin_shuffle(value, Lanes{}, lane + kBy);
-    known |= __builtin_shuffle(known, Index{}, lane + kBy);
-  }
-
-  static void values_after(const float* values, const std::uint8_t* mask, int n, float* after,
-                           float& next) {
-    typedef std::uint8_t Bytes __attribute__((vector_size(16)));
-    const Index lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    int i = n;
-    for (; i >= 16; i -= 16) {
-      Lanes value;
-      Bytes counts;
-      std::memcpy(&value, values + i - 16, sizeof value);
-      std::memcpy(&counts, mask + i - 16, sizeof counts);
-      Index known = __builtin_convertvector(counts, Index) != 0;
-      take<1>(value, known);
-      take<2>(value, known);
-      take<4>(value, known);
-      take<8>(value, known);
-      const Lanes behind = Lanes{} + next;
-      value = known ? value : behind;
-      const Lanes shifted = __builtin_shuffle(value, behind, lane + 1);
-      std::memcpy(after + i - 16, &shifted, sizeof shifted);
-      next = value[0];
-    }
-    FourAtATime::values_after(values, mask, i, after, next);
-  }
-
-  static float scan(const float* a, const float* c, int n, float last, float* out) {
-    int i = n;
-    for (; i >= 16; i -= 16) {
-      Lanes p, q;
-      std::memcpy(&p, a + i - 16, sizeof p);
-      std::memcpy(&q, c + i - 16, sizeof q);
-      join<1>(p, q);
-      join<2>(p, q);
-      join<4>(p, q);
-      join<8>(p, q);
-      const Lanes behind = Lanes{} + last;
-      add_carried(p, q, behind);
-      std::memcpy(out + i - 16, &p, sizeof p);
-      last = p[0];
-    }
-    return FourAtATime::scan(a, c, i, last, out);
-  }
-};
-#endif
+  while (--i >= 0) out[i] = last = a[i] + carried(c[i], last);
+  return last;
+}
 
 // The state after an unsupported step is worth v_min, whatever was learned about it: of the
 // steps [t, t + n) of a row, all of which count.
@@ -211,9 +136,11 @@ void masked_value_targets(const GaeArguments& x, std::int64_t start, const float
 }
 
 // A row, from its end.
-template <class G, class Scan>
+template <class G>
 class Row {
  public:
+  using Workspace = Tile;
+
   Row(const GaeArguments& args, std::int64_t row)
       : x(args),
         start(row_start(row, args.T)),
@@ -241,9 +168,9 @@ class Row {
  private:
   template <class Some>
   void step(std::int64_t t, int n, Tile& tile) {
-    pairs<Some, Scan>(x, start + t, values + t, n, tile, carry);
+    pairs<Some>(x, start + t, values + t, n, tile, carry);
     float* out = x.advantages + start + t;
-    carry.advantage = Scan::scan(tile.a, tile.c, n, carry.advantage, out);
+    carry.advantage = scan(tile.a, tile.c, n, carry.advantage, out);
     if constexpr (Some::mask) {
       const std::uint8_t* mask = x.mask + start + t;
       for (int i = 0; i < n; ++i) out[i] = mask[i] ? out[i] : 0.0f;
@@ -265,26 +192,26 @@ void tiles(std::int64_t T, F walk) {
 }
 
 // Last row first: memory is then read strictly downwards, which the prefetcher follows.
-template <class G, class Scan>
+template <class AnyRow>
 void gae_rows(const GaeArguments& x) {
-  Tile tile;
+  typename AnyRow::Workspace work(x);
   for (std::int64_t b = x.B - 1; b >= 0; --b) {
-    Row<G, Scan> row(x, b);
-    tiles(x.T, [&](std::int64_t t, int n) { row.walk(t, n, tile); });
+    AnyRow row(x, b);
+    tiles(x.T, [&](std::int64_t t, int n) { row.walk(t, n, work); });
     row.finish();
   }
 }
 
-template <class G, class Scan>
+template <class AnyRow>
 void dual_gae_rows(const DualGaeArguments& x) {
   const GaeArguments& gain = x.reward;
   const float share = 1.0f / (1.0f + x.multiplier);
-  Tile tile;
+  typename AnyRow::Workspace work(gain);
   for (std::int64_t b = gain.B - 1; b >= 0; --b) {
-    Row<G, Scan> reward(gain, b), cost(x.cost, b);
+    AnyRow reward(gain, b), cost(x.cost, b);
     tiles(gain.T, [&](std::int64_t t, int n) {
-      reward.walk(t, n, tile);
-      cost.walk(t, n, tile);
+      reward.walk(t, n, work);
+      cost.walk(t, n, work);
       const std::int64_t at = row_start(b, gain.T) + t;
       const float *a = gain.advantages + at, *c = x.cost.advantages + at;
       float* combined = x.combined + at;
@@ -315,23 +242,23 @@ void with_floor(const GaeArguments& x, F f) {
   });
 }
 
-template <class Scan>
+template <template <class> class AnyRow>
 void all_rows(const GaeArguments& x) {
-  const auto rows = [&](auto given) { gae_rows<decltype(given), Scan>(x); };
+  const auto rows = [&](auto given) { gae_rows<AnyRow<decltype(given)>>(x); };
   x.supported ? with_floor(x, rows) : without_floor(x, rows);
 }
 
-template <class Scan>
+template <template <class> class AnyRow>
 void all_rows(const DualGaeArguments& x) {
-  without_floor(x.reward, [&](auto given) { dual_gae_rows<decltype(given), Scan>(x); });
+  without_floor(x.reward, [&](auto given) { dual_gae_rows<AnyRow<decltype(given)>>(x); });
 }
 
-ALIGNKIT_BELOW_V4 void by_four(const GaeArguments& x) { all_rows<FourAtATime>(x); }
-ALIGNKIT_BELOW_V4 void by_four(const DualGaeArguments& x) { all_rows<FourAtATime>(x); }
+ALIGNKIT_BELOW_V4 void by_four(const GaeArguments& x) { all_rows<Row>(x); }
+ALIGNKIT_BELOW_V4 void by_four(const DualGaeArguments& x) { all_rows<Row>(x); }
 
 #ifdef ALIGNKIT_V4
-ALIGNKIT_V4 void by_sixteen(const GaeArguments& x) { all_rows<SixteenAtATime>(x); }
-ALIGNKIT_V4 void by_sixteen(const DualGaeArguments& x) { all_rows<SixteenAtATime>(x); }
+ALIGNKIT_V4 void by_sixteen(const GaeArguments& x) { all_rows<WideRow>(x); }
+ALIGNKIT_V4 void by_sixteen(const DualGaeArguments& x) { all_rows<WideRow>(x); }
 #endif
 
 template <class Arguments>

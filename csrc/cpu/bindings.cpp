@@ -108,12 +108,15 @@ void bound_sample_tokens(std::uintptr_t logits, bool bfloat16, std::int64_t stri
 
 void bound_policy_loss(std::uintptr_t logps, std::uintptr_t old_logps, std::uintptr_t advantages,
                        bool advantage_per_row, std::uintptr_t mask, std::uintptr_t ref_logps,
-                       std::uintptr_t weights, float eps_low, float eps_high, float beta, int kl,
-                       std::uintptr_t sums, std::uintptr_t grad, std::int64_t B,
-                       std::int64_t T) {
+                       float eps_low, float eps_high, float beta, int kl, int reduction,
+                       std::uintptr_t loss, std::uintptr_t figures, std::uintptr_t divisor,
+                       std::uintptr_t grad, std::int64_t B, std::int64_t T) {
   require_sizes(B, T);
-  require(sums, "sums");
-  if (kl < 0 || kl > 2) throw std::invalid_argument("kl must be 0, 1 or 2");
+  require(loss, "loss");
+  require(figures, "figures");
+  require(divisor, "divisor");
+  if (kl < 0 || kl > 2 || reduction < 0 || reduction > 2)
+    throw std::invalid_argument("kl and reduction must be 0, 1 or 2");
   if (B > 0 && T > 0) {
     require(logps, "logps");
     require(old_logps, "old_logps");
@@ -121,9 +124,20 @@ void bound_policy_loss(std::uintptr_t logps, std::uintptr_t old_logps, std::uint
   }
   clipped_policy_loss({at<const float>(logps), at<const float>(old_logps),
                        at<const float>(advantages), advantage_per_row,
-                       at<const std::uint8_t>(mask), at<const float>(ref_logps),
-                       at<const float>(weights), eps_low, eps_high, beta, static_cast<Kl>(kl),
-                       at<double>(sums), at<float>(grad), B, T});
+                       at<const std::uint8_t>(mask), at<const float>(ref_logps), eps_low,
+                       eps_high, beta, static_cast<Kl>(kl), static_cast<Reduction>(reduction),
+                       at<float>(loss), at<float>(figures), at<float>(divisor), at<float>(grad),
+                       B, T});
+}
+
+void bound_policy_loss_backward(std::uintptr_t grad, float factor, std::uintptr_t out,
+                                std::int64_t n) {
+  require_sizes(n, 0);
+  if (n > 0) {
+    require(grad, "grad");
+    require(out, "out");
+  }
+  clipped_policy_loss_backward(at<const float>(grad), factor, at<float>(out), n);
 }
 
 void bound_fusion(std::uintptr_t queries, std::uintptr_t visual, std::uintptr_t tactile,
@@ -164,6 +178,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("token_logps_backward", &bound_token_logps_backward, no_gil);
   m.def("sample_tokens", &bound_sample_tokens, no_gil);
   m.def("clipped_policy_loss", &bound_policy_loss, no_gil);
+  m.def("clipped_policy_loss_backward", &bound_policy_loss_backward, no_gil);
   m.def("attention_fusion", &bound_fusion, no_gil);
   m.def("attention_fusion_backward", &bound_fusion_backward, no_gil);
 }

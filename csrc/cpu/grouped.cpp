@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include <cstring>
-
 #include "kernels.h"
 #include "wide.h"
+
+#ifdef ALIGNKIT_V4
+#include <immintrin.h>
+#endif
 
 namespace alignkit {
 namespace {
@@ -83,9 +85,12 @@ struct OneAtATime {
 };
 
 #ifdef ALIGNKIT_V4
-// The same sixteen rewards at a time: a register holds groups, or a part of one.
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+// The same sixteen rewards at a time. A register holds groups of four or of eight, or eight
+// rewards of two groups each: what is added across lanes is then added for both at once.
 struct SixteenAtATime {
-  static constexpr int kWidth = 16;
+  static constexpr int kWidth = 16, kHalf = kWidth / 2;
   typedef float Lanes __attribute__((vector_size(64)));
   typedef std::int32_t Index __attribute__((vector_size(64)));
   static constexpr Index kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -99,14 +104,26 @@ struct SixteenAtATime {
     }
   }
 
+  // Two halves of a register that lie `apart`; a mask leaves out what is beside them.
+  static constexpr __mmask16 kLow = 0x00ff, kHigh = 0xff00;
+  static void load(const float* from, int apart, Lanes& x) {
+    x = _mm512_maskz_loadu_ps(kLow, from);
+    x = _mm512_mask_loadu_ps(x, kHigh, from + apart - kHalf);
+  }
+
+  static void store(const Lanes& x, int apart, float* to) {
+    _mm512_mask_storeu_ps(to, kLow, x);
+    _mm512_mask_storeu_ps(to + apart - kHalf, kHigh, x);
+  }
+
   template <int kSize>
   static void batch(const float* rewards, int n, float* d, float* squares) {
-    constexpr int kWithin = std::min(kSize, kWidth), kParts = kSize / kWithin;
-    constexpr int kGroups = kWidth / kWithin;
+    constexpr int kWithin = std::min(kSize, kHalf), kParts = kSize / kWithin;
+    constexpr int kGroups = kWidth / kWithin, kApart = kParts == 1 ? kHalf : kSize;
     int g = 0;
     for (; g + kGroups <= n; g += kGroups) {
       Lanes x[kParts], sum = {}, square = {};
-      std::memcpy(x, rewards + g * kSize, sizeof x);
+      for (int p = 0; p < kParts; ++p) load(rewards + g * kSize + p * kHalf, kApart, x[p]);
       const Lanes first = __builtin_shuffle(x[0], kLane & -kWithin);
       for (int p = 0; p < kParts; ++p) sum += x[p] - first;
       total<kWithin / 2>(sum);
@@ -115,12 +132,13 @@ struct SixteenAtATime {
       for (int p = 0; p < kParts; ++p) x[p] = (x[p] - mean) - rest;
       for (int p = 0; p < kParts; ++p) square += x[p] * x[p];
       total<kWithin / 2>(square);
-      std::memcpy(d + g * kSize, x, sizeof x);
+      for (int p = 0; p < kParts; ++p) store(x[p], kApart, d + g * kSize + p * kHalf);
       for (int i = 0; i < kGroups; ++i) squares[g + i] = square[i * kWithin];
     }
     OneAtATime::batch<kSize>(rewards + g * kSize, n - g, d + g * kSize, squares + g);
   }
 };
+#pragma GCC pop_options
 #endif
 
 // Groups of kSize rewards that all count, in floats. Square roots and divisions of a batch of
@@ -139,7 +157,7 @@ void fixed_groups(const GroupedArguments& x) {
     float* advantages = x.advantages + first * kSize;
     Deviations::template batch<kSize>(rewards, n, d, slope);
     for (int g = 0; g < n; ++g) {
-      const double spread = std::sqrt(double{slope[g]} / (kSize - 1)) + eps;
+      const double spread = std::sqrt(double{slope[g]} * (1.0 / (kSize - 1))) + eps;
       const double exact = own ? factor / (spread == 0.0 ? 1.0 : spread) : common;
       slope[g] = static_cast<float>(exact);
       rest[g] = static_cast<float>(exact - slope[g]);

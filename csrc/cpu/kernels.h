@@ -68,8 +68,10 @@ void sample_tokens(const SampleTokensArguments& args);
 
 enum class Kl { k1, k2, k3 };
 
-// What `clipped_policy_loss` adds up over the steps that count.
-constexpr int kPolicySums = 6;  // loss, clipped below, clipped above, kl, old - new, steps
+enum class Reduction { token, sequence, sum };
+
+// What is logged of `clipped_policy_loss`, as means over the steps that count.
+constexpr int kPolicyFigures = 4;  // clipped below, clipped above, kl, old - new
 
 // (B, T) without gaps. A null pointer is an argument that was not given.
 struct PolicyLossArguments {
@@ -79,18 +81,24 @@ struct PolicyLossArguments {
   bool advantage_per_row;  // advantages are (B,)
   const std::uint8_t* mask;
   const float* ref_logps;
-  const float* weights;  // (B,) of the rows
   float eps_low;
   float eps_high;
   float beta;
   Kl kl;
-  double* sums;  // (kPolicySums,)
-  float* grad;   // of the first sum by `logps`; null: not wanted
+  Reduction reduction;
+  float* loss;
+  float* figures;  // (kPolicyFigures,)
+  float* divisor;  // of the sum over rows
+  float* grad;     // of that sum by `logps`; null: not wanted
   std::int64_t B;
   std::int64_t T;
 };
 
 void clipped_policy_loss(const PolicyLossArguments& args);
+
+// `n` numbers times a factor, on the thread that calls: torch's multiplication wakes others.
+void clipped_policy_loss_backward(const float* grad, float factor, float* out,
+                                  std::int64_t n);
 
 void attention_fusion(const FusionTokens& tokens, const FusionResults& results, int threads);
 

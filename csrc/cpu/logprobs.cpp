@@ -6,7 +6,7 @@
 // inside a chunk and double across chunks.
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <cstring>
 
 #include "kernels.h"
 #include "softmax.h"
@@ -22,34 +22,54 @@ struct Sums {
   double weighted;  // sum d e^d
 };
 
-// Overwrites the chunk. Elementwise loops and sums are apart: each is one that compilers
-// vectorise.
-Sums sums(float* x, int n, float top, float inverse_temperature) {
-  float e[kChunk];
-  for (int i = 0; i < n; ++i) {
-    const float d = (x[i] - top) * inverse_temperature;
-    e[i] = exp_negative(d);
-    x[i] = e[i] * (d < kLowest ? kLowest : d);  // 0 * -inf would be NaN
-  }
-  float exps[kLanes] = {}, weighted[kLanes] = {};
-  for (int i = 0; i < n; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) {
-      exps[l] += e[i + l];
-      weighted[l] += x[i + l];
+constexpr int kVector = 16;
+typedef float Vector __attribute__((vector_size(kVector * sizeof(float))));
+typedef std::uint32_t VectorBits __attribute__((vector_size(sizeof(Vector))));
+
+// The lines of kLanes logits.
+template <class T>
+void prefetch(const T* logits) {
+  constexpr std::size_t kLine = 64;
+  for (std::size_t at = 0; at < kLanes * sizeof(T); at += kLine)
+    __builtin_prefetch(reinterpret_cast<const char*>(logits) + at);
+}
+
+// In vectors by hand: compilers do not add floats in another order, and what is added at once
+// need not be stored first. `n` is a multiple of kLanes, which are two vectors.
+//
+// What is read next is fetched meanwhile: the search for its maximum would wait for it.
+template <class T>
+Sums sums(const float* x, int n, float top, float inverse_temperature, const T* next) {
+  static_assert(kLanes == 2 * kVector);
+  const Vector lowest = Vector{} + kLowest;
+  Vector exps[2] = {}, weighted[2] = {};
+  for (int i = 0; i < n; i += kLanes) {
+    prefetch(next + i);
+    for (int half = 0; half < 2; ++half) {
+      Vector d, e;
+      std::memcpy(&d, x + i + half * kVector, sizeof d);
+      d = (d - top) * inverse_temperature;
+      exp_negative<VectorBits>(d, e);
+      exps[half] += e;
+      weighted[half] += e * (d < lowest ? lowest : d);  // 0 * -inf would be NaN
     }
-  return {std::accumulate(exps, exps + kLanes, 0.0),
-          std::accumulate(weighted, weighted + kLanes, 0.0)};
+  }
+  float lanes[kLanes];
+  std::memcpy(lanes, exps, sizeof lanes);
+  const double sum = folded(lanes, plus);
+  std::memcpy(lanes, weighted, sizeof lanes);
+  return {sum, folded(lanes, plus)};
 }
 
 template <class T>
 void forward_row(const TokenLogpsArguments& x, std::int64_t row) {
   const T* logits = static_cast<const T*>(x.logits) + row_start(row, x.stride);
   const float inverse = 1.0f / x.temperature;
-  float chunk[kChunk];
+  float buffer[kChunk];
   float top = -kInf;
   Sums total{0.0, 0.0};
   for (std::int64_t start = 0; start < x.V; start += kChunk) {
-    const int n = load(logits + start, x.V - start, chunk);
+    const auto [chunk, n] = floats(logits + start, x.V - start, buffer);
     const float highest = maximum(chunk, n);
     if (highest > top) {
       if (top > -kInf) {  // e^(d + shift) = e^shift e^d
@@ -60,7 +80,8 @@ void forward_row(const TokenLogpsArguments& x, std::int64_t row) {
       }
       top = highest;
     }
-    const Sums part = sums(chunk, n, top > -kInf ? top : 0.0f, inverse);
+    const Sums part =
+        sums(chunk, n, top > -kInf ? top : 0.0f, inverse, logits + start + kChunk);
     total.exps += part.exps;
     total.weighted += part.weighted;
   }

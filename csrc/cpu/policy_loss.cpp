@@ -23,8 +23,12 @@ struct Steps {
   float loss[kSteps];
   float grad[kSteps];  // of the loss by the log-probability
   float kl[kSteps];
-  float low[kSteps];  // 1 where the gradient is clipped away
-  float high[kSteps];
+};
+
+// How often the gradient was clipped away.
+struct Clipped {
+  std::int64_t low;
+  std::int64_t high;
 };
 
 inline float exponential(float x) {
@@ -49,15 +53,16 @@ std::int64_t load(const PolicyLossArguments& x, std::int64_t row, std::int64_t a
       s.behind[i] = mask[i] ? s.behind[i] : 0.0f;
       s.advantage[i] = mask[i] ? s.advantage[i] : 0.0f;
     }
-    count = std::accumulate(mask, mask + n, std::int64_t{0});
+    count = std::accumulate(mask, mask + n, 0);
   }
   for (float* column : {s.log_ratio, s.behind, s.advantage})
     std::fill(column + n, column + (n + kLanes - 1) / kLanes * kLanes, 0.0f);
   return count;
 }
 
-void surrogate(const PolicyLossArguments& x, int n, Steps& s) {
+Clipped surrogate(const PolicyLossArguments& x, int n, Steps& s) {
   const float lowest = 1.0f - x.eps_low, highest = 1.0f + x.eps_high;
+  std::int32_t low = 0, high = 0;  // integers, which a compiler may add in any order
   for (int i = 0; i < n; ++i) s.ratio[i] = exponential(s.log_ratio[i]);
   for (int i = 0; i < n; ++i) {
     const float a = s.advantage[i], ratio = s.ratio[i];
@@ -66,9 +71,10 @@ void surrogate(const PolicyLossArguments& x, int n, Steps& s) {
     const float free = -a * ratio, held = -a * within;
     s.loss[i] = free < held ? held : free;
     s.grad[i] = free < held ? 0.0f : free;
-    s.low[i] = (a < 0.0f) & (ratio < lowest) ? 1.0f : 0.0f;
-    s.high[i] = (a > 0.0f) & (ratio > highest) ? 1.0f : 0.0f;
+    low += (a < 0.0f) & (ratio < lowest);
+    high += (a > 0.0f) & (ratio > highest);
   }
+  return {low, high};
 }
 
 // Schulman's three estimators of the KL divergence from the reference, and their gradients.
@@ -97,21 +103,42 @@ void penalty(const PolicyLossArguments& x, int n, Steps& s) {
   }
 }
 
+// What the sum of a row is multiplied with: rows weigh the same, however many steps count.
+float weight_of(const PolicyLossArguments& x, std::int64_t row) {
+  if (x.reduction != Reduction::sequence || !x.mask) return 1.0f;
+  const std::uint8_t* mask = x.mask + row_start(row, x.T);
+  const std::int64_t count = std::accumulate(mask, mask + x.T, std::int64_t{0});
+  return 1.0f / static_cast<float>(std::max<std::int64_t>(1, count));
+}
+
+// What the sum over rows is divided by. Without a mask, means of rows are means of steps.
+double divisor_of(const PolicyLossArguments& x, double steps) {
+  switch (x.reduction) {
+    case Reduction::token: return steps;
+    case Reduction::sequence:
+      return x.mask ? static_cast<double>(std::max<std::int64_t>(1, x.B)) : steps;
+    case Reduction::sum: break;
+  }
+  return 1.0;
+}
+
 }  // namespace
 
 ALIGNKIT_WIDE void clipped_policy_loss(const PolicyLossArguments& x) {
   Steps s;
-  double loss = 0.0, low = 0.0, high = 0.0, kl = 0.0, moved = 0.0;
-  std::int64_t count = 0;
+  double loss = 0.0, kl = 0.0, moved = 0.0;
+  std::int64_t low = 0, high = 0, count = 0;
   for (std::int64_t row = 0; row < x.B; ++row) {
-    const float weight = x.weights ? x.weights[row] : 1.0f;
+    const float weight = weight_of(x, row);
     double of_row = 0.0;
     for (std::int64_t start = 0; start < x.T; start += kSteps) {
       const std::int64_t at = row_start(row, x.T) + start;
       const int real = static_cast<int>(std::min<std::int64_t>(kSteps, x.T - start));
       const int n = (real + kLanes - 1) / kLanes * kLanes;
       count += load(x, row, at, real, s);
-      surrogate(x, n, s);
+      const Clipped clipped = surrogate(x, n, s);
+      low += clipped.low;
+      high += clipped.high;
       if (x.ref_logps) {
         penalty(x, n, s);
         kl += sum(s.kl, n);
@@ -120,14 +147,22 @@ ALIGNKIT_WIDE void clipped_policy_loss(const PolicyLossArguments& x) {
         for (int i = 0; i < real; ++i)
           x.grad[at + i] = !x.mask || x.mask[at + i] ? weight * s.grad[i] : 0.0f;
       of_row += sum(s.loss, n);  // padding adds e^0 * 0
-      low += sum(s.low, n);
-      high += sum(s.high, n);
       moved -= sum(s.log_ratio, n);
     }
     loss += weight * of_row;
   }
-  const double sums[kPolicySums] = {loss, low, high, kl, moved, static_cast<double>(count)};
-  std::copy_n(sums, kPolicySums, x.sums);
+  const double steps = static_cast<double>(std::max<std::int64_t>(1, count));
+  const double divisor = divisor_of(x, steps);
+  *x.divisor = static_cast<float>(divisor);
+  *x.loss = static_cast<float>(loss / divisor);
+  const double figures[kPolicyFigures] = {static_cast<double>(low), static_cast<double>(high), kl,
+                                          moved};
+  for (int i = 0; i < kPolicyFigures; ++i) x.figures[i] = static_cast<float>(figures[i] / steps);
+}
+
+ALIGNKIT_WIDE void clipped_policy_loss_backward(const float* grad, float factor, float* out,
+                                                std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] = factor * grad[i];
 }
 
 }  // namespace alignkit
