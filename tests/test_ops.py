@@ -16,7 +16,8 @@ from alignkit.ops import dispatch
 COMPOSED = {"linear_token_logps", "attention_fusion"}
 OPERATORS = [name for name in ops.__all__
              if f"{name}_reference" in ops.__all__ and name not in COMPOSED]
-REGISTERED = [*OPERATORS, "token_logps_backward", "attend", "attend_backward", "flags"]
+REGISTERED = [*OPERATORS, "token_logps_backward", "attend", "attend_backward",
+              "rotary_attention", "rotary_attention_backward", "flags"]
 
 
 def samples(name, kernel):
@@ -74,6 +75,13 @@ def samples(name, kernel):
         saved = torch.randn(B, 2), torch.randn(B, 2, V), torch.randn(B, 2, 2), torch.randn(B, 2)
         yield *saved, queries, seen, felt, None, None, None
         yield *saved, queries, seen, felt.bfloat16(), some, None, "reference"
+    qkv, angles = torch.randn(B, T, 8, 16), torch.randn(1, T, 16)
+    rotary, backend = (angles.cos(), angles.sin()), kernel if kernel == "cpu" else None
+    if name == "rotary_attention":
+        yield qkv.clone().requires_grad_(), *rotary, None, 4, 0.25, backend
+        yield qkv[..., :6].bfloat16().requires_grad_(), rotary[0][..., :6], rotary[1][..., :6], flags, 2, 1.0, None
+    if name == "rotary_attention_backward":
+        yield torch.randn(B, T, 4, 16), qkv, *rotary, flags, torch.randn(B, T, 4), 4, 0.25, backend
     if name == "flags":
         yield flags.float(), "mask"
 
