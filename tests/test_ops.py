@@ -79,7 +79,8 @@ def samples(name, kernel):
     rotary, backend = (angles.cos(), angles.sin()), kernel if kernel == "cpu" else None
     if name == "rotary_attention":
         yield qkv.clone().requires_grad_(), *rotary, None, 4, 0.25, backend
-        yield qkv[..., :6].bfloat16().requires_grad_(), rotary[0][..., :6], rotary[1][..., :6], flags, 2, 1.0, None
+        yield (qkv[..., :6].bfloat16().requires_grad_(), *(x[..., :6] for x in rotary), flags, 4,
+               1.0, None)  # fmt: skip
     if name == "rotary_attention_backward":
         yield torch.randn(B, T, 4, 16), qkv, *rotary, flags, torch.randn(B, T, 4), 4, 0.25, backend
     if name == "flags":

@@ -112,7 +112,8 @@ _BACKWARD = {"reference": _backward_by_reference, "cpu": _backward_on_cpu}
 def _offered(table, qkv):
     "Backends that read heads of this width."
     D = qkv.shape[-1]
-    return {name: f for name, f in table.items() if name == "reference" or (D % 16 == 0 and D <= 256)}
+    readable = D % 16 == 0 and D <= 256
+    return table if readable else {"reference": table["reference"]}
 
 # %% ../../nbs/kernels/07a_attention.ipynb #7c31fd7b
 def _rotary_attention(qkv, cos, sin, mask, heads, scale, backend):
@@ -153,19 +154,19 @@ dispatch.define_gradient("rotary_attention", _gradient, _save)
 
 # %% ../../nbs/kernels/07a_attention.ipynb #e945a8c2
 def _check(qkv, cos, sin, heads):
-    "The sizes, if they fit."
+    "B and n, if all sizes fit."
     (B, n, both, D), device = dispatch.check_rank("qkv", qkv, "B, n, H + 2G, D"), qkv.device
     dispatch.check_tensor("qkv", qkv, qkv.shape, device)
     for name, x in (("cos", cos), ("sin", sin)):
-        rows = len(dispatch.check_rank(name, x, "B, n, D") and x)
-        dispatch.check_tensor(name, x, (B if rows != 1 else 1, n, D), device)
+        rows, _, _ = dispatch.check_rank(name, x, "B, n, D")
+        dispatch.check_tensor(name, x, (1 if rows == 1 else B, n, D), device)
     kv_heads = (both - heads) // 2
     if heads < 1 or kv_heads < 1 or heads % kv_heads or heads + 2 * kv_heads != both:
         raise ValueError(f"heads: expected H of the {both} = H + 2G heads in qkv, a multiple of "
                          f"G, got {heads}")
     if D % 2:
         raise ValueError(f"qkv: expected heads of two halves, got a width of {D}")
-    return B, n, D
+    return B, n
 
 
 def rotary_attention(
@@ -179,7 +180,7 @@ def rotary_attention(
     backend: str | None = None, # "reference" or "cpu"; None: by device
 ) -> Tensor: # (B, n, H, D) float32; gradient to qkv alone
     "Equals `rotary_attention_reference`, each head in one pass."
-    B, n, _ = _check(qkv, cos, sin, heads)
+    B, n = _check(qkv, cos, sin, heads)
     mask = None if mask is None else as_flags("mask", mask, (B, n), qkv.device)
     return torch.ops.alignkit.rotary_attention(
         qkv, cos.detach(), sin.detach(), mask, heads, float(scale), backend)[0]
@@ -199,7 +200,7 @@ class RotaryCache:
         room: int, # tokens it can hold
     ):
         room = -(-room // 16) * 16 # whole vectors
-        self.keys, self.values = torch.zeros(2, B, kv_heads, room, D)
+        self.keys, self.values = torch.zeros(2, B, room, kv_heads, D)
         self.filled = 0
 
     def select(
@@ -227,7 +228,7 @@ class RotaryCache:
             out = qkv.new_empty(len(qkv), n, heads, qkv.shape[-1])
             dispatch.extension("cpu").rotary_attention(
                 *_as_c(qkv, cos, sin, mask, heads, scale), pointer(self.keys),
-                pointer(self.values), self.values.shape[2], start, pointer(out), 0,
+                pointer(self.values), self.values.shape[1], start, pointer(out), 0,
                 _threads(qkv, self.filled))
             return out
         return self._attend(qkv, cos, sin, heads, scale, mask)
@@ -235,11 +236,11 @@ class RotaryCache:
     def _attend(self, qkv, cos, sin, heads, scale, mask):
         "By torch's own attention."
         (queries, keys, values), n, end = _split(qkv, heads), qkv.shape[1], self.filled
-        self.keys[:, :, end - n : end] = turned(keys, cos, sin).transpose(1, 2)
-        self.values[:, :, end - n : end] = values.transpose(1, 2)
+        self.keys[:, end - n : end] = turned(keys, cos, sin)
+        self.values[:, end - n : end] = values
         seen = _seen(n, end, mask, qkv.device)
         itself = torch.eye(n, end, dtype=torch.bool).roll(end - n, 1) # for padding
         return F.scaled_dot_product_attention(
-            turned(queries, cos, sin).transpose(1, 2), self.keys[:, :, :end],
-            self.values[:, :, :end], attn_mask=(seen | itself)[:, None], scale=scale,
+            turned(queries, cos, sin).transpose(1, 2), self.keys[:, :end].transpose(1, 2),
+            self.values[:, :end].transpose(1, 2), attn_mask=(seen | itself)[:, None], scale=scale,
             enable_gqa=True).transpose(1, 2)
