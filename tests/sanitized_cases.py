@@ -15,8 +15,8 @@ import time
 import torch
 
 from alignkit import ops
-from alignkit.ops.attention import RotaryCache, rotary_attention
 from alignkit.ops import dispatch
+from alignkit.ops.attention import RotaryCache, rotary_attention
 
 EDGES = [0, 1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33]
 LONG = [255, 256, 257, 511, 512, 513, 1023, 1024, 1025]

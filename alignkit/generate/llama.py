@@ -24,11 +24,11 @@ def compute_dtype(model) -> torch.dtype:
 MIN_WIDTH = 256  # of what a packed layer reads
 
 
-def _can_multiply(linear: nn.Linear, dtype: torch.dtype) -> bool:
+def _can_multiply(linear, dtype: torch.dtype) -> bool:
     known = dtype == torch.float32 or (
         dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     converted = linear.weight.dtype == dtype or torch.is_autocast_enabled("cpu")
-    return known and converted and linear.weight.device.type == "cpu"
+    return bool(known and converted and linear.weight.device.type == "cpu")
 
 
 def can_pack(

@@ -33,7 +33,7 @@ def _seen(n: int, L: int, mask: Tensor | None, device) -> Tensor: # (B or 1, n, 
 
 def _attend(queries, keys, values, mask, scale): # (B, n, H, D), (B, L, G, D), (B, L, G, D)
     "What the last n of L tokens read, (B, n, H, D), and the log of their sums (B, n, H)."
-    (B, n, H, D), (_, L, G, _) = queries.shape, keys.shape
+    (_, n, H, _), (_, L, G, _) = queries.shape, keys.shape
     grouped = queries.unflatten(2, (G, H // G))
     scores = torch.einsum("bigrd,bjgd->bigrj", grouped, keys) * scale
     seen = _seen(n, L, mask, queries.device)[:, :, None, None]
@@ -67,7 +67,7 @@ def rotary_attention_reference(
     return _by_reference(qkv, cos, sin, mask, heads, scale)[0]
 
 # %% ../../nbs/kernels/07a_attention.ipynb #2fe642e3
-PARALLEL = 2**22 # products of a call from which threads are worth starting
+PARALLEL = 2**20 # products of a call from which threads are worth starting
 
 def _as_c(qkv, cos, sin, mask, heads, scale):
     B, n, both, D = qkv.shape
@@ -200,14 +200,26 @@ class RotaryCache:
         room: int, # tokens it can hold
     ):
         room = -(-room // 16) * 16 # whole vectors
-        self.keys, self.values = torch.zeros(2, B, room, kv_heads, D)
+        self.both = torch.zeros(2, B, room, kv_heads, D)
         self.filled = 0
+
+    @property
+    def keys(self) -> Tensor: # (B, room, G, D)
+        return self.both[0]
+
+    @property
+    def values(self) -> Tensor: # (B, room, G, D)
+        return self.both[1]
 
     def select(
         self,
         rows: Tensor, # row numbers, repeated or left out
     ) -> None:
-        self.keys, self.values = (x.index_select(0, rows) for x in (self.keys, self.values))
+        "Copies what is filled; memory of the rest is not touched before it is needed."
+        old, (_, _, *sizes) = self.both, self.both.shape
+        self.both = torch.zeros(2, len(rows), *sizes)
+        filled, new = (x[:, :, : self.filled] for x in (old, self.both))
+        torch.index_select(filled, 1, rows, out=new)
 
     def attend(
         self,
