@@ -36,7 +36,7 @@ def can_pack(
     dtype: torch.dtype,  # of products
 ) -> bool:
     "Whether oneDNN multiplies faster by this layer's weights once they are packed."
-    on = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    on = bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
     return (on and is_plain(linear, nn.Linear) and _can_multiply(linear, dtype)
             and linear.in_features >= MIN_WIDTH)
 
