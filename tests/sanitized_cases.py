@@ -16,6 +16,7 @@ import torch
 
 from alignkit import ops
 from alignkit.ops import dispatch
+from alignkit.ops.attention import RotaryCache, rotary_attention
 
 EDGES = [0, 1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33]
 LONG = [255, 256, 257, 511, 512, 513, 1023, 1024, 1025]
@@ -102,7 +103,19 @@ def fusions():
     (fused.sum() + weights[..., 0].sum()).backward()
 
 
-KINDS = [advantages, groups, comparisons, logits, losses, fusions]
+def attentions():
+    B, n, G, shared = random.choice([0, 1, 3]), size(), random.choice([1, 2]), random.choice([1, 3])
+    D, later = random.choice([2, 16, 48]), random.choice([0, 1, 20])
+    qkv, angles = floats(B, n, (shared + 2) * G, D), floats(random.choice([1, max(B, 1)]) if B else 1, n, D)
+    rotary, options = (angles.cos(), angles.sin()), {"heads": shared * G, "scale": 0.3}
+    rotary_attention(qkv.requires_grad_(), *rotary, mask=maybe(flags(B, n)), **options).sum().backward()
+    cache, qkv = RotaryCache(B, G, D, n + later), qkv.detach()
+    cache.attend(qkv, *rotary, **options)
+    for t in range(min(later, n)):
+        cache.attend(qkv[:, t : t + 1], *(x[:, t : t + 1] for x in rotary), **options)
+
+
+KINDS = [advantages, groups, comparisons, logits, losses, fusions, attentions]
 
 
 def main(kernels, cases, seconds=float("inf")):

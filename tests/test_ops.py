@@ -17,7 +17,7 @@ COMPOSED = {"linear_token_logps", "attention_fusion"}
 OPERATORS = [name for name in ops.__all__
              if f"{name}_reference" in ops.__all__ and name not in COMPOSED]
 REGISTERED = [*OPERATORS, "token_logps_backward", "clipped_policy_loss_backward", "attend",
-              "attend_backward", "flags"]  # fmt: skip
+              "attend_backward", "rotary_attention", "rotary_attention_backward", "flags"]
 
 
 def samples(name, kernel):
@@ -79,6 +79,14 @@ def samples(name, kernel):
         saved = torch.randn(B, 2), torch.randn(B, 2, V), torch.randn(B, 2, 2), torch.randn(B, 2)
         yield *saved, queries, seen, felt, None, None, None
         yield *saved, queries, seen, felt.bfloat16(), some, None, "reference"
+    qkv, angles = torch.randn(B, T, 8, 16), torch.randn(1, T, 16)
+    rotary, backend = (angles.cos(), angles.sin()), kernel if kernel == "cpu" else None
+    if name == "rotary_attention":
+        yield qkv.clone().requires_grad_(), *rotary, None, 4, 0.25, backend
+        yield (qkv[..., :6].bfloat16().requires_grad_(), *(x[..., :6] for x in rotary), flags, 4,
+               1.0, None)  # fmt: skip
+    if name == "rotary_attention_backward":
+        yield torch.randn(B, T, 4, 16), qkv, *rotary, flags, torch.randn(B, T, 4), 4, 0.25, backend
     if name == "flags":
         yield flags.float(), "mask"
 

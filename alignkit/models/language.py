@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .llama import llama_hidden, runs_lean
 from ..runs import require
 
 # %% ../../nbs/library/06_models_language.ipynb #185843b7
@@ -319,7 +320,11 @@ class Evaluation:
 
 def completion_hidden(lm, tokens: Tokens) -> Tensor:  # (B, T, D)
     "Hidden states that predict each completion token: those of the position before it."
-    return hidden_states(lm, tokens.without_last())[:, tokens.prompt_length - 1 :]
+    body, read, T = lm.base_model, tokens.without_last(), tokens.completion_ids.shape[1]
+    if runs_lean(body, read.input_ids.shape[1]):
+        return llama_hidden(body, read.input_ids if read.trunk is None else read.trunk,
+                            read.attention_mask if read.left_padded else None, T)
+    return hidden_states(lm, read)[:, tokens.prompt_length - 1 :]
 
 
 def completion_logps(

@@ -116,11 +116,16 @@ def score_samples(
     return rollout
 
 # %% ../../nbs/library/10c_rl_language.ipynb #1acef25a
+def _real(ids: Tensor, mask: Tensor) -> list[list[int]]:  # (B, n) each, a list a row
+    "Each row without its padding."
+    return [[i for i, real in zip(row, reals, strict=True) if real]
+            for row, reals in zip(ids.tolist(), mask.tolist(), strict=True)]
+
+
 def written(tokenizer, tokens: Tokens) -> list[str]:
     "The completions as text, without padding and special tokens."
-    ids = [row[real].tolist() for row, real in
-           zip(tokens.completion_ids, tokens.completion_mask, strict=True)]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return tokenizer.batch_decode(_real(tokens.completion_ids, tokens.completion_mask),
+                                  skip_special_tokens=True)
 
 
 class RewardFunction:
@@ -136,8 +141,8 @@ class RewardFunction:
         names = [name for name in rows.column_names if name not in ("chosen", "rejected")]
         ids, mask = encode_prompts(tokenizer, rows["prompt"][:])
         self.rows: dict[tuple[int, ...], Mapping[str, Any]] = {}
-        for row, row_ids, real in zip(rows.select_columns(names), ids, mask, strict=True):
-            known = self.rows.setdefault(tuple(row_ids[real].tolist()), row)
+        for row, row_ids in zip(rows.select_columns(names), _real(ids, mask), strict=True):
+            known = self.rows.setdefault(tuple(row_ids), row)
             if differing := [name for name in names if known[name] != row[name]]:
                 raise ValueError(f"rows: expected one value of {differing} a prompt, got "
                                  f"several for {row['prompt'][:40]!r}")
@@ -148,8 +153,8 @@ class RewardFunction:
             raise ValueError("rollout: expected prompts of text alone, by which rows are found, "
                              "got prompts with images")
         P, texts = tokens.prompt_length, written(self.tokenizer, tokens)
-        asked = [self.rows[tuple(ids[real].tolist())] for ids, real in
-                 zip(tokens.prompt_ids, tokens.attention_mask[:, :P], strict=True)]
+        asked = [self.rows[tuple(row)] for row in
+                 _real(tokens.prompt_ids, tokens.attention_mask[:, :P])]
         columns = {name: [row[name] for row in asked] for name in asked[0]}
         found = self.function(prompts=columns.pop("prompt"), completions=texts, **columns)
         rewards = _as_numbers(found, len(texts)).to(tokens.input_ids.device)

@@ -165,6 +165,60 @@ void bound_fusion_backward(std::uintptr_t queries, std::uintptr_t visual, std::u
                           grad_visual, grad_tactile), threads);
 }
 
+RotaryAttentionArguments rotary_arguments(std::uintptr_t qkv, std::uintptr_t cos,
+                                          std::uintptr_t sin, bool rotary_per_row,
+                                          std::uintptr_t mask, float scale, std::int64_t B,
+                                          std::int64_t n, std::int64_t H, std::int64_t G,
+                                          std::int64_t D) {
+  require_sizes(B, n);
+  if (H <= 0 || G <= 0 || H % G || D <= 0 || D % 16 || D > 256)
+    throw std::invalid_argument("G must divide H, and 16 D up to 256");
+  if (B > 0 && n > 0) {
+    require(qkv, "qkv");
+    require(cos, "cos");
+    require(sin, "sin");
+  }
+  return {at<const float>(qkv), at<const float>(cos), at<const float>(sin),
+          rotary_per_row ? n * D : 0, at<const std::uint8_t>(mask), nullptr, nullptr, 0, nullptr,
+          nullptr, scale, B, n, 0, H, G, D};
+}
+
+void bound_rotary_attention(std::uintptr_t qkv, std::uintptr_t cos, std::uintptr_t sin,
+                            bool rotary_per_row, std::uintptr_t mask, float scale,
+                            std::int64_t B, std::int64_t n, std::int64_t H, std::int64_t G,
+                            std::int64_t D, std::uintptr_t keys, std::uintptr_t values,
+                            std::int64_t room, std::int64_t start, std::uintptr_t out,
+                            std::uintptr_t log_sum, int threads) {
+  auto x = rotary_arguments(qkv, cos, sin, rotary_per_row, mask, scale, B, n, H, G, D);
+  require_sizes(room, start);
+  if (!keys != !values || (keys ? room % 16 || start + n > room : start))
+    throw std::invalid_argument("keys and values must hold start + n of room, in whole vectors");
+  if (B > 0 && n > 0) require(out, "out");
+  x.keys = at<float>(keys);
+  x.values = at<float>(values);
+  x.room = room;
+  x.start = start;
+  x.out = at<float>(out);
+  x.log_sum = at<float>(log_sum);
+  rotary_attention(x, threads);
+}
+
+void bound_rotary_attention_backward(std::uintptr_t qkv, std::uintptr_t cos, std::uintptr_t sin,
+                                     bool rotary_per_row, std::uintptr_t mask, float scale,
+                                     std::int64_t B, std::int64_t n, std::int64_t H,
+                                     std::int64_t G, std::int64_t D, std::uintptr_t log_sum,
+                                     std::uintptr_t grad_out, std::uintptr_t grad_qkv,
+                                     int threads) {
+  auto x = rotary_arguments(qkv, cos, sin, rotary_per_row, mask, scale, B, n, H, G, D);
+  if (B > 0 && n > 0) {
+    require(log_sum, "log_sum");
+    require(grad_out, "grad_out");
+    require(grad_qkv, "grad_qkv");
+  }
+  x.log_sum = at<float>(log_sum);
+  rotary_attention_backward(x, at<const float>(grad_out), at<float>(grad_qkv), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -181,4 +235,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("clipped_policy_loss_backward", &bound_policy_loss_backward, no_gil);
   m.def("attention_fusion", &bound_fusion, no_gil);
   m.def("attention_fusion_backward", &bound_fusion_backward, no_gil);
+  m.def("rotary_attention", &bound_rotary_attention, no_gil);
+  m.def("rotary_attention_backward", &bound_rotary_attention_backward, no_gil);
 }

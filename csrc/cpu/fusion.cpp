@@ -6,12 +6,12 @@
 // and context += attention tokens, with the running maximum of the scores between them.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <thread>
 #include <vector>
 
 #include "kernels.h"
 #include "softmax.h"
+#include "threads.h"
+#include "vector.h"
 #include "wide.h"
 
 namespace alignkit {
@@ -19,28 +19,7 @@ namespace {
 
 constexpr int kTile = 16;   // tokens at a time
 constexpr int kBlock = 4;   // tokens, and queries, whose products stay in registers
-constexpr int kVector = 16;
 constexpr int kWidth = 2 * kVector;  // rows are padded to a multiple of it
-
-typedef float Vector __attribute__((vector_size(kVector * sizeof(float))));
-typedef float Half __attribute__((vector_size(kVector * sizeof(float) / 2)));
-typedef float Quarter __attribute__((vector_size(kVector * sizeof(float) / 4)));
-
-// By reference: how wide registers are returned depends on the machine.
-inline void load(const float* from, Vector& x) { std::memcpy(&x, from, sizeof x); }
-inline void store(const Vector& x, float* to) { std::memcpy(to, &x, sizeof x); }
-
-inline float total(const Vector& x) {
-  Half halves[2];
-  std::memcpy(halves, &x, sizeof x);
-  const Half half = halves[0] + halves[1];
-  Quarter quarters[2];
-  std::memcpy(quarters, &half, sizeof half);
-  const Quarter quarter = quarters[0] + quarters[1];
-  float four[4];
-  std::memcpy(four, &quarter, sizeof quarter);
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
 
 // products[q * kTile + t] = queries[q] . tokens[t], for Q queries and kBlock tokens.
 template <int Q>
@@ -306,17 +285,6 @@ ALIGNKIT_WIDE void backward_rows(const FusionTokens& x, const FusionGradients& g
     s.grad_rows.push_back(s.grad_context.data() + h * s.width);
   }
   for (std::int64_t b = begin; b < end; ++b) backward_row(x, g, b, s);
-}
-
-// Shares out rows, of which each is the same whoever does it.
-template <class Rows>
-void in_threads(std::int64_t B, int threads, const Rows& rows) {
-  const std::int64_t shares = std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(B, 1));
-  std::vector<std::thread> others;
-  for (std::int64_t i = 1; i < shares; ++i)
-    others.emplace_back([&, i] { rows(B * i / shares, B * (i + 1) / shares); });
-  rows(0, B / shares);
-  for (auto& other : others) other.join();
 }
 
 }  // namespace

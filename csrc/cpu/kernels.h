@@ -105,4 +105,31 @@ void attention_fusion(const FusionTokens& tokens, const FusionResults& results, 
 void attention_fusion_backward(const FusionTokens& tokens, const FusionGradients& gradients,
                                int threads);
 
+// Queries, keys and values of new tokens side by side, arrays without gaps. D is a multiple of 16.
+struct RotaryAttentionArguments {
+  const float* qkv;  // (B, n, H + 2G, D)
+  const float* cos;  // (B, n, D), or (n, D) where rotary_stride is 0
+  const float* sin;
+  std::int64_t rotary_stride;
+  const std::uint8_t* mask;  // (B, start + n) 1 = may be seen; null: all may
+  float* keys;               // (B, room, G, D) turned, of the tokens before; gets the new ones
+  float* values;             // (B, room, G, D), finite. Both null: nothing was before
+  std::int64_t room;         // a multiple of 16
+  float* out;                // (B, n, H, D)
+  float* log_sum;            // (B, n, H) log sum e^score; inf: saw nothing. Null: not wanted
+  float scale;               // of scores
+  std::int64_t B;
+  std::int64_t n;
+  std::int64_t start;  // tokens before
+  std::int64_t H;
+  std::int64_t G;  // divides H
+  std::int64_t D;
+};
+
+void rotary_attention(const RotaryAttentionArguments& args, int threads);
+
+// Of tokens that nothing was before; `grad_qkv` is like `qkv`.
+void rotary_attention_backward(const RotaryAttentionArguments& kept, const float* grad_out,
+                               float* grad_qkv, int threads);
+
 }  // namespace alignkit
