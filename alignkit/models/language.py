@@ -321,7 +321,7 @@ class Evaluation:
 def completion_hidden(lm, tokens: Tokens) -> Tensor:  # (B, T, D)
     "Hidden states that predict each completion token: those of the position before it."
     body, read, T = lm.base_model, tokens.without_last(), tokens.completion_ids.shape[1]
-    if runs_lean(body, read.input_ids.shape[1]):
+    if read.images is None and runs_lean(body, read.input_ids.shape[1]):
         return llama_hidden(body, read.input_ids if read.trunk is None else read.trunk,
                             read.attention_mask if read.left_padded else None, T)
     return hidden_states(lm, read)[:, tokens.prompt_length - 1 :]
