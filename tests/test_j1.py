@@ -245,6 +245,32 @@ def test_records_hold_the_curves_that_the_notebook_draws(smoke):
     json.dumps(forced.curves, allow_nan=False)
 
 
+def test_where_digits_are_visible_the_judge_writes_the_reports_itself(policy):
+    items = sample_items(200, seed=4, visible=True)
+    samples = j1.judge(policy, items, np.full(200, 2), seed=0)
+    text, sampled = j1.completions(samples), samples.sampled.numpy()
+    row, place = np.nonzero((text[:, :-1] >= SLOT) & (text[:, :-1] < SLOT + SLOTS))
+    assert len(row) > 50 and (sampled | np.isin(text, (WAIT, EOS, PAD)))[row, place + 1].all()
+
+
+def test_drills_teach_to_read():
+    lm = tiny_causal_lm(evidence.evidence_tokenizer(), seed=0, width=32, heads=2)
+    config = j1.Config(demonstrations=256, drill_steps=3, batch_size=32, visible=True)
+    before = lm.lm_head.weight.detach().clone()
+    j1.drill(lm, config, seed=0)
+    moved = (lm.lm_head.weight.detach() - before).abs().sum(1) > 0
+    assert moved[REPORT] and moved[REPORT + 1]
+
+
+def test_the_attempt_at_the_second_world_has_jobs_of_its_own():
+    jobs = j1.reading_jobs()
+    assert [job.arm for job in jobs] == ["base", "sft", "rl_forced"]
+    assert all(job.config["visible"] and job.seed in j1.BURNT_SEEDS for job in jobs)
+    mini = j1.judge_jobs(j1.Config.mini(), 900)
+    assert not {job.key for job in jobs} & {job.key for job in mini}
+    assert "visible" not in mini[0].config  # its key is as it was before there was a choice
+
+
 def test_items_show_the_same_evidence_in_both_orders():
     items = Items(np.array([[0, 0, 0, 0, 1, 1, 1]]))
     assert items.labels.tolist() == [0] and items.swapped().labels.tolist() == [1]

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TOY_ITEMS', 'TOY_P', 'FIRST_CHECKS', 'TOY_WAITS', 'TOY_TABLE', 'TOY_TEACHER', 'ARXIV', 'BURNT_SEEDS', 'CONTINUATIONS',
-           'GREEDY', 'SHOWN_TRACES', 'TEACHERS', 'RL_ARMS', 'SFT_ARMS', 'LABELS', 'TOY_FIELDS', 'Figures', 'MIN_TRACES',
-           'OURS', 'CURVED', 'distinct', 'toy_accuracy', 'ToyTraces', 'simulate_toy', 'toy_fit', 'toy_hidden_fit',
-           'toy_ascent', 'toy', 'Config', 'Environment', 'judge', 'completions', 'Sitting', 'sit', 'sittings', 'slope',
-           'after_wait', 'new_share', 'memoryless_share', 'follows', 'level_figures', 'accuracy_by_checks',
-           'majority_accuracy', 'examine', 'transcripts', 'demonstrations', 'imitate', 'JudgeCollector', 'reinforce',
-           'judge_jobs', 'jobs', 'toy_claims', 'scaling_claims', 'mechanism_claims', 'claims', 'plots', 'watch']
+           'GREEDY', 'SHOWN_TRACES', 'TEACHERS', 'RL_ARMS', 'SFT_ARMS', 'LABELS', 'TOY_FIELDS', 'VISIBLE_FIELDS',
+           'Figures', 'MIN_TRACES', 'OURS', 'CURVED', 'distinct', 'toy_accuracy', 'ToyTraces', 'simulate_toy',
+           'toy_fit', 'toy_hidden_fit', 'toy_ascent', 'toy', 'Config', 'Environment', 'judge', 'completions', 'Sitting',
+           'sit', 'held_out', 'sittings', 'slope', 'after_wait', 'new_share', 'memoryless_share', 'follows', 'reads',
+           'level_figures', 'accuracy_by_checks', 'majority_accuracy', 'examine', 'transcripts', 'demonstrations',
+           'imitate', 'drill', 'JudgeCollector', 'reinforce', 'judge_jobs', 'jobs', 'reading_jobs', 'toy_claims',
+           'scaling_claims', 'mechanism_claims', 'claims', 'plots', 'watch']
 
 # %% ../../nbs/papers/05_j1.ipynb #8c99ea97
 import functools
@@ -262,6 +263,8 @@ class Config:
     held_out: int = 2000  # items, judged in both orders
     votes: int = 4  # drawn for the majority at equal tokens
     looks: tuple[int, ...] = (10, 20, 40, 70, 100)  # updates after which the slope is taken
+    visible: bool = False  # the second world: digits stand in the prompt, the judge reads them
+    drill_steps: int = 1200  # there, of learning to read before anything else
 
     @classmethod
     def mini(cls) -> "Config":
@@ -283,7 +286,7 @@ CONTINUATIONS = ("wait", "filler")
 
 
 class Environment:
-    "What the judge does not write: reports, forced continuations, the end."
+    "What the judge does not write: reports on hidden evidence, forced continuations, the end."
 
     def __init__(
         self,
@@ -298,6 +301,7 @@ class Environment:
             raise ValueError(f"continuation: expected one of {', '.join(CONTINUATIONS)}, "
                              f"got {continuation!r}")
         self.winners, self.left = items.winners, waits.copy()
+        self.reports = items.digits is None
         self.cap = longest(own) + REFLECTION * waits
         self.filler, self.filling = continuation == "filler", np.zeros_like(waits)
         rng = np.random.default_rng(derive_seed(seed, "misread"))
@@ -316,7 +320,7 @@ class Environment:
         written = np.full(len(so_far), -1)
         if t:
             last = so_far[:, -1]
-            asked = np.flatnonzero((last >= SLOT) & (last < SLOT + SLOTS))
+            asked = np.flatnonzero((last >= SLOT) & (last < SLOT + SLOTS) & self.reports)
             slots = last[asked] - SLOT
             written[asked] = REPORT + (self.winners[asked, slots] ^ self.wrong[t, asked])
             written[(last >= VERDICT) & (last <= VERDICT + B)] = EOS
@@ -393,11 +397,15 @@ def sit(
     return Sitting(items.labels, np.stack(verdicts, 1), (readings[0], readings[1]))
 
 
+def held_out(config: Config, seed: int) -> Items:
+    return sample_items(config.held_out, derive_seed(seed, "held out"), config.visible)
+
+
 def sittings(
     policy: LanguagePolicy, config: Config, seed: int, **options
 ) -> list[Sitting]:  # by the number of continuations, 0 first
     "A judge at every level of forcing: same items, same random numbers."
-    items = sample_items(config.held_out, derive_seed(seed, "held out"))
+    items = held_out(config, seed)
     return [sit(policy, items, waits, derive_seed(seed, "sitting"), config, **options)
             for waits in range(config.waits + 1)]
 
@@ -426,6 +434,13 @@ def follows(reading: Reading) -> np.ndarray:  # one number a trace whose evidenc
     ones = np.ones(len(reading.reports))
     low, high = majority(reading.reports, 0 * ones), majority(reading.reports, ones)
     return np.equal(reading.verdicts, low)[low == high]
+
+
+def reads(sitting: Sitting, items: Items) -> float:
+    "Share of the slots looked at whose latest report is true."
+    found = [(reading.reports == shown.winners)[reading.reports >= 0]
+             for reading, shown in zip(sitting.readings, (items, items.swapped()), strict=True)]
+    return float(np.concatenate(found).mean())
 
 
 def level_figures(levels: Sequence[Sitting]) -> dict[str, list[float]]:
@@ -468,7 +483,7 @@ def majority_accuracy(
     policy: LanguagePolicy, levels: Sequence[Sitting], config: Config, seed: int, **options
 ) -> list[float]:  # by the number of continuations whose tokens may be spent
     "Accuracy of a majority of unforced verdicts at the tokens of the forced ones."
-    items = sample_items(config.held_out, derive_seed(seed, "held out"))
+    items = held_out(config, seed)
     votes = [sit(policy, items, 0, derive_seed(seed, "vote", vote), config, **options)
              for vote in range(config.votes)]
     accuracies = []
@@ -504,6 +519,8 @@ def examine(policy: LanguagePolicy, config: Config, seed: int, own: int = 1) -> 
         "slope_unread_half": float(np.polyfit(
             curves["waits"], curves["accuracy_unread_half"], 1)[0]),
         "slope_majority": float(np.polyfit(curves["waits"], curves["majority"], 1)[0])}
+    if config.visible:
+        scalars["reads"] = reads(levels[-1], held_out(config, seed))
     if accuracy[0]:
         scalars["relative_gain"] = accuracy[-1] / accuracy[0] - 1
     if levels[-1].mean(lambda reading: after_wait(reading).sum(1)):
@@ -516,7 +533,7 @@ def transcripts(
     policy: LanguagePolicy, config: Config, seed: int
 ) -> dict[str, list[str]]:  # by the number of continuations
     "The same few items at every level of forcing."
-    items = sample_items(SHOWN_TRACES, derive_seed(seed, "shown"))
+    items = sample_items(SHOWN_TRACES, derive_seed(seed, "shown"), config.visible)
     texts = {}
     for waits in range(config.waits + 1):
         samples = judge(policy, items, np.full(len(items), waits),
@@ -540,13 +557,15 @@ def demonstrations(
     arm: str, config: Config, seed: int
 ) -> tuple[Tokens, Tensor, float]:  # traces, the tokens to learn, share accepted
     "What an arm imitates: traces whose verdict is right; the base judge, and one more, any."
-    items = sample_items(config.demonstrations, derive_seed(seed, "demonstrations"))
-    ids = teach(items, TEACHERS[arm], derive_seed(seed, "demonstrations"))
+    items = sample_items(config.demonstrations, derive_seed(seed, "demonstrations"),
+                         config.visible)
+    teacher = replace(TEACHERS[arm], misread=0.0 if config.visible else config.misread)
+    ids = teach(items, teacher, derive_seed(seed, "demonstrations"))
     right = read(ids).verdicts == items.labels
     kept = right if arm in ("sft", "sft_replacement") else np.ones_like(right)
     shown, written = prompts(items)[kept], torch.from_numpy(ids[kept])
     real = torch.cat([torch.ones(shown.shape, dtype=torch.bool), written != PAD], 1)
-    reported = (written >= REPORT) & (written <= REPORT + B)
+    reported = (written >= REPORT) & (written <= REPORT + B) & (not config.visible)
     tokens = Tokens(torch.cat([torch.from_numpy(shown), written], 1), real, shown.shape[1])
     given = reported | (written == FILLER) | (written == EOS) | (written == PAD)
     return tokens, ~given, float(right.mean())
@@ -564,6 +583,8 @@ def imitate(work: Work) -> Result:
                                 heads=config.heads)
         else:
             lm = LanguagePolicy.from_pretrained(work.need("imitate").folder / "judge").lm
+        if base and config.visible:
+            drill(lm, config, work.seed)
         history = fit_sft(
             lm, tokens, mask=mask, steps=config.sft_steps, batch_size=config.batch_size,
             lr=config.base_lr if base else config.sft_lr,
@@ -574,6 +595,21 @@ def imitate(work: Work) -> Result:
                          own=TEACHERS[work.arm].reflections)
     return replace(result, scalars={**result.scalars, "accepted": accepted,
                                     "loss": history[-1]["loss"]})
+
+
+def drill(lm, config: Config, seed: int) -> None:
+    "Teaches to read: the winners of all slots, asked in random order."
+    items = sample_items(config.demonstrations, derive_seed(seed, "drills"), visible=True)
+    rng = np.random.default_rng(derive_seed(seed, "drill order"))
+    order = rng.permuted(np.tile(np.arange(SLOTS), (len(items), 1)), axis=1)
+    answers = REPORT + np.take_along_axis(items.winners, order, 1)
+    asked = np.stack([SLOT + order, answers], 2).reshape(len(items), -1)
+    shown = prompts(items)
+    ids = torch.from_numpy(np.concatenate([shown, asked], 1))
+    tokens = Tokens(ids, torch.ones_like(ids, dtype=torch.bool), shown.shape[1])
+    fit_sft(lm, tokens, mask=tokens.completion_ids < SLOT, steps=config.drill_steps,
+            batch_size=config.batch_size, lr=config.base_lr,
+            seed=derive_seed(seed, "drill batches"))
 
 
 def _reporter(work: Work, total: int, *names: str):
@@ -597,7 +633,8 @@ class JudgeCollector:
     def __call__(self, round_: int) -> Rollout:
         n = self.config.traces
         rng = np.random.default_rng(derive_seed(self.seed, "round", round_))
-        items = sample_items(n, derive_seed(self.seed, "items", round_))
+        items = sample_items(n, derive_seed(self.seed, "items", round_),
+                             self.config.visible)
         waits = rng.integers(self.config.waits + 1, size=n) * self.forced
         labels = rng.integers(2, size=n) if self.random_labels else items.labels
         samples = judge(self.policy, items, waits, derive_seed(self.seed, "traces", round_),
@@ -653,12 +690,13 @@ SFT_ARMS = ("sft", "sft_unfiltered", "sft_replacement")
 LABELS = {"base": "base", "sft": "SFT", "rl_natural": "SFT + RL, natural length",
           "rl_forced": "SFT + RL, forced Waits", "rl_random": "RL on random labels",
           "sft_unfiltered": "SFT, unfiltered", "sft_replacement": "SFT, unbiased teacher"}
-TOY_FIELDS = ("toy_items",)
+TOY_FIELDS, VISIBLE_FIELDS = ("toy_items",), ("visible", "drill_steps")
 
 
 def judge_jobs(config: Config, seed: int) -> list[Job]:
     "One seed: who is needed, then who needs them."
-    part = {name: value for name, value in asdict(config).items() if name not in TOY_FIELDS}
+    others = {*TOY_FIELDS, *(() if config.visible else VISIBLE_FIELDS)}
+    part = {name: value for name, value in asdict(config).items() if name not in others}
     base = Job("j1", imitate, "base", seed, part)
     sft = {arm: Job("j1", imitate, arm, seed, part, (base,)) for arm in SFT_ARMS}
     rl = [Job("j1", reinforce, arm, seed, part, (sft["sft"],)) for arm in RL_ARMS]
@@ -670,6 +708,12 @@ def jobs(config: Config, seeds: Iterable[int]) -> list[Job]:
     return [job for seed in seeds for job in (
         Job("j1", toy, "toy", seed, {name: getattr(config, name) for name in TOY_FIELDS}),
         *judge_jobs(config, seed))]
+
+
+def reading_jobs() -> list[Job]:
+    "The attempt at the second world, on a burnt seed."
+    everything = judge_jobs(replace(Config.mini(), visible=True), BURNT_SEEDS[0])
+    return [job for job in everything if job.arm in ("base", "sft", "rl_forced")]
 
 # %% ../../nbs/papers/05_j1.ipynb #e0526293
 Figures = Callable[[Sequence[Record]], dict[int, float]]
