@@ -596,6 +596,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'alignkit/judging/pairs.py'),
                                         'alignkit.judging.pairs.ceiling': ( 'library/judging_pairs.html#ceiling',
                                                                             'alignkit/judging/pairs.py'),
+                                        'alignkit.judging.pairs.preference_pairs': ( 'library/judging_pairs.html#preference_pairs',
+                                                                                     'alignkit/judging/pairs.py'),
                                         'alignkit.judging.pairs.read_pairs': ( 'library/judging_pairs.html#read_pairs',
                                                                                'alignkit/judging/pairs.py'),
                                         'alignkit.judging.pairs.read_recorded': ( 'library/judging_pairs.html#read_recorded',
