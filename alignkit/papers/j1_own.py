@@ -39,7 +39,6 @@ from alignkit.judging.metrics import (
     UNREAD,
     Estimate,
     credit,
-    estimate,
     item_slopes,
     position_bias,
 )
@@ -152,10 +151,13 @@ def own_config(
     base = base or OwnConfig(model, data)
     config = replace(base, **{"model": model or base.model, "data": data or base.data} | typed)
     _check(config)
-    local = [place.partition(":")[2] or place for place in _listed(config.judged)]
-    return replace(config, content=content_hash(
-        config.model, config.data.partition(":")[2] or config.data, config.demonstrations,
-        *local))
+    places = [_named(place)[1] for place in (config.data, *_listed(config.judged))]
+    return replace(config, content=content_hash(config.model, config.demonstrations, *places))
+
+
+def _named(place: str) -> tuple[str, str]:  # the set's name, "" for none; where it is
+    name, _, source = place.partition(":")
+    return (name, source) if name in NAMED_SETS else ("", place)
 
 
 def _listed(text: str) -> list[str]:
@@ -182,15 +184,14 @@ def _check(config: OwnConfig) -> None:
 
 
 def _check_place(name: str, place: str) -> None:
-    key, _, source = place.partition(":")
-    if key in NAMED_SETS and not source and not NAMED_SETS[key].hub:
+    key, source = _named(place)
+    on_hub = not key or NAMED_SETS[key].hub
+    if not source and not on_hub:
         raise ValueError(f"{name}: expected {key}:FILE, since {key} is not on the Hub, "
                          f"got {place!r}")
-    file = source if key in NAMED_SETS else place
-    local = file.endswith((".json", ".jsonl")) or (source and not NAMED_SETS[key].hub
-                                                   if key in NAMED_SETS else False)
-    if local and not Path(file).exists():
-        raise FileNotFoundError(f"{name}: expected a file, got {file!r}")
+    if source.endswith((".json", ".jsonl")) or not on_hub:
+        if not Path(source).exists():
+            raise FileNotFoundError(f"{name}: expected a file, got {source!r}")
 
 
 def _columns(config: OwnConfig) -> dict[str, str] | None:  # {ours: theirs}
@@ -205,8 +206,8 @@ def load_pairs(
     config: OwnConfig,
 ) -> NamedSet:
     "Pairs with a better answer, and the subset each is from."
-    name, _, source = place.partition(":")
-    if name in NAMED_SETS:
+    name, source = _named(place)
+    if name:
         columns = None if NAMED_SETS[name].verified else _columns(config)
         found = read_named(name, source or None, columns=columns)
     elif place.endswith((".json", ".jsonl")):
@@ -522,7 +523,7 @@ def authors_scores(
     subsets: np.ndarray,  # (n,) text
 ) -> dict[str, float]:  # {"Score_0": …}; nothing where the set has none
     "The curve as the set's authors count, level by level."
-    scored = AUTHORS_SCORES.get(place.partition(":")[0])
+    scored = AUTHORS_SCORES.get(_named(place)[0])
     return {} if scored is None else {
         f"{name}_{n}": score.value for level, n in enumerate(curve.waits)
         for name, score in scored(curve, level, subsets).items()}
@@ -572,8 +573,8 @@ def own_jobs(
 
 def _label(place: str) -> str:
     "A set's name, or a file's with its folder's."
-    name = place.partition(":")[0]
-    parts = [name] if name in NAMED_SETS else Path(place).with_suffix("").parts[-2:]
+    name, _ = _named(place)
+    parts = [name] if name else Path(place).with_suffix("").parts[-2:]
     return re.sub(r"[^\w.+=-]", "_", "-".join(parts))
 
 # %% ../../nbs/papers/05a_j1_own.ipynb #fd76b60c
@@ -654,6 +655,10 @@ def _pooled(of_worth: Callable[[np.ndarray], float]) -> Figures:
                             for seed, right in pooled_worth(records).items()}
 
 
+def _accuracy(level: int) -> Figures:
+    return _pooled(lambda right: right[:, level].mean())
+
+
 def _mean(name: str, level: int) -> Figures:
     "The mean of a curve's point over all pairs."
     def figure(records: Sequence[Record]) -> dict[int, float]:
@@ -673,8 +678,7 @@ def small_claims() -> list[Claim]:
                      "abstract, finding 1", "small", SMALL_ARMS, figure, Reported())
 
     return [
-        *(reported(f"accuracy-{n}", f"accuracy at {n} Waits",
-                   _pooled(lambda right, n=n: right[:, n].mean())) for n in range(4)),
+        *(reported(f"accuracy-{n}", f"accuracy at {n} Waits", _accuracy(n)) for n in range(4)),
         reported("slope", "slope per Wait",
                  _pooled(lambda right: item_slopes(range(right.shape[1]), right).mean()),
                  "no trend"),
