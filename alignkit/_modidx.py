@@ -1560,6 +1560,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'alignkit/papers/bspo_small.py')},
             'alignkit.papers.j1': { 'alignkit.papers.j1.Config': ('papers/j1.html#config', 'alignkit/papers/j1.py'),
                                     'alignkit.papers.j1.Config.mini': ('papers/j1.html#config.mini', 'alignkit/papers/j1.py'),
+                                    'alignkit.papers.j1.Config.paper': ('papers/j1.html#config.paper', 'alignkit/papers/j1.py'),
+                                    'alignkit.papers.j1.Config.small': ('papers/j1.html#config.small', 'alignkit/papers/j1.py'),
                                     'alignkit.papers.j1.Config.smoke': ('papers/j1.html#config.smoke', 'alignkit/papers/j1.py'),
                                     'alignkit.papers.j1.Environment': ('papers/j1.html#environment', 'alignkit/papers/j1.py'),
                                     'alignkit.papers.j1.Environment.__call__': ( 'papers/j1.html#environment.__call__',
