@@ -259,7 +259,10 @@ def run_paper(args: argparse.Namespace) -> int:
     paper, started = load_paper(args.paper), time.monotonic()
     chosen = choose(paper.claims(), scale, args.only)
     check_folder(out / f"{args.paper}.json", chosen, scale)
-    jobs = paper.jobs(configure(paper, scale, args.device), seeds)
+    try:
+        jobs = paper.jobs(configure(paper, scale, args.device), seeds)
+    except FileNotFoundError as error: # data that a scale needs
+        raise CommandError(str(error)) from error
     if args.only:
         jobs = runs.select(jobs, {arm for claim in chosen for arm in claim.arms})
     records, failure = execute(jobs, out, args.jobs or 2, args.fresh)

@@ -583,7 +583,7 @@ SUBSETS = {"natural": "Natural", "neighbor": "Adversarial/Neighbor",
            "manual": "Adversarial/Manual"}
 DATA_VARIABLE = "ALIGNKIT_DATA"  # a folder with llmbar
 PREFIX = "small."  # of the arms, beside those of the tiny judge
-LEADING = f"{END}\n\nMy verdict: "
+LEADING = f"{END}\n\nThe better answer is [["
 
 
 def llmbar_folder() -> str:  # "" where nobody says
@@ -599,10 +599,10 @@ class SmallConfig:
     data: str = field(default_factory=llmbar_folder)  # with `SUBSETS`
     model: str = ""  # a folder; empty: what `models.weights` finds
     device: str = "cpu"
-    pairs: int = 8  # of each subset, drawn by the seed
+    pairs: int = 16  # of each subset, drawn by the seed
     waits: int = 3
     thinking_tokens: int = 192
-    answer_tokens: int = 12
+    answer_tokens: int = 4  # the label and its brackets
     batch_size: int = 16
 
 
