@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NAMED_FIELDS', 'HELD_OUT', 'PLAIN', 'APPENDED', 'SHOWN_PAIRS', 'Scored', 'AUTHORS_SCORES', 'SUBSETS', 'DATA_VARIABLE',
            'PREFIX', 'LEADING', 'SMALL_ARMS', 'Figures', 'OwnConfig', 'own_config', 'load_pairs', 'rewarded_pairs',
-           'judged_pairs', 'drawn_rows', 'judge_tokenizer', 'ask', 'opened', 'fitting', 'demonstrate',
-           'load_demonstrations', 'imitate_own', 'verdict_rows', 'right_verdict', 'reinforce_own', 'ask_at_every_level',
-           'curve_result', 'worth', 'authors_scores', 'judge_own', 'own_jobs', 'llmbar_folder', 'SmallConfig',
-           'judge_small', 'small_jobs', 'pooled_worth', 'small_claims']
+           'judged_pairs', 'drawn_rows', 'judge_tokenizer', 'ask', 'opened', 'fitting', 'demonstrate', 'trace_rows',
+           'imitate_own', 'verdict_rows', 'right_verdict', 'reinforce_own', 'ask_at_every_level', 'curve_result',
+           'worth', 'authors_scores', 'judge_own', 'own_jobs', 'llmbar_folder', 'SmallConfig', 'judge_small',
+           'small_jobs', 'pooled_worth', 'small_claims']
 
 # %% ../../nbs/papers/05a_j1_own.ipynb #cf481a7c
 import os
@@ -55,7 +55,6 @@ from alignkit.judging.scaling import (
 from ..judging.verdicts import Choice, read, split_thinking
 from alignkit.models.language import (
     LanguagePolicy,
-    Tokens,
     encode,
     encode_prompts,
     fast_dtype,
@@ -321,22 +320,22 @@ def demonstrate(
             and (decision := split_thinking(said.completion.text)[1]) is not None]
 
 
-def load_demonstrations(config: OwnConfig, tokenizer) -> Tokens:
-    "Traces that think and close; others are left out and counted."
+def trace_rows(config: OwnConfig, tokenizer) -> list[dict[str, str]]:  # prompt, completion
+    "Traces that think and close, as the model reads and writes them; others are left out."
     rows = load_rows(config.demonstrations, ("prompt", "completion"), config.split)
     texts = [(_messages(row["prompt"]), _last(row["completion"])) for row in rows]
-    asked = [(opened(tokenizer, Request(messages, 1)), completion.removeprefix(THINK))
-             for messages, completion in texts
-             if completion.startswith(THINK) and END in completion]
-    kept = [pair for pair in asked if len(tokenizer("".join(pair))["input_ids"]) < config.max_tokens]
+    read = [{"prompt": opened(tokenizer, Request(messages, 1)),
+             "completion": completion.removeprefix(THINK)} for messages, completion in texts
+            if completion.startswith(THINK) and END in completion]
+    kept = [row for row in read
+            if len(tokenizer("".join(row.values()))["input_ids"]) < config.max_tokens]
     if len(kept) < len(rows):
         print(f"{config.demonstrations}: {len(rows) - len(kept)} of {len(rows)} rows left out, "
               f"longer than {config.max_tokens} tokens or not of the form {THINK}…{END}…")
     if not kept:
         raise ValueError(f"set demonstrations: expected completions {THINK}…{END}… of at most "
                          f"{config.max_tokens} tokens, got none in {config.demonstrations}")
-    prompts, completions = zip(*kept, strict=True)
-    return encode(tokenizer, prompts, completions)
+    return kept
 
 
 def _messages(prompt: str | Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
@@ -352,7 +351,9 @@ def imitate_own(work: Work, report_to: str | None = None) -> Result:
     "SFT; leaves the judge in `policy`, for `AutoModelForCausalLM.from_pretrained`."
     config = OwnConfig(**work.config)
     tokenizer = judge_tokenizer(config.model)
-    traces = load_demonstrations(config, tokenizer).to(config.device)
+    rows = trace_rows(config, tokenizer)
+    traces = encode(tokenizer, *([row[name] for row in rows] for name in ("prompt", "completion"))
+                    ).to(config.device)
     batch = min(config.sft_batch, len(traces))
     steps = config.sft_epochs * (len(traces) // batch)
     with one_thread(), quiet_transformers(), tracker_of(work, report_to) as tracker:
@@ -583,7 +584,7 @@ SUBSETS = {"natural": "Natural", "neighbor": "Adversarial/Neighbor",
            "manual": "Adversarial/Manual"}
 DATA_VARIABLE = "ALIGNKIT_DATA"  # a folder with llmbar
 PREFIX = "small."  # of the arms, beside those of the tiny judge
-LEADING = f"{END}\n\nThe better answer is [["
+LEADING = f"{END}\n\nI choose [["
 
 
 def llmbar_folder() -> str:  # "" where nobody says
