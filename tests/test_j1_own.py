@@ -143,13 +143,13 @@ def test_no_prompt_is_both_learned_on_and_judged(mine, tmp_path):
     path = jsonl(tmp_path / "twice.jsonl", [*PAIRS, *({**row, "rejected": "No."} for row in PAIRS)])
     config = replace(config_of(mine), data=path)
     learned = {task.prompt for task in j1_own.rewarded_pairs(config, 0).tasks}
-    judged = j1_own.judged_pairs(config, 0).pairs
+    judged = j1_own.pairs_to_judge(config, 0).pairs
     assert len(learned) == 18 and len(judged.tasks) == 4
     assert not learned & {task.prompt for task in judged.tasks}
-    other = j1_own.judged_pairs(config, 1).pairs
+    other = j1_own.pairs_to_judge(config, 1).pairs
     assert {task.prompt for task in other.tasks} != {task.prompt for task in judged.tasks}
     everything = replace(config, judged=path)
-    assert len(j1_own.rewarded_pairs(everything, 0).tasks) == len(j1_own.judged_pairs(everything, 0).pairs.tasks) == 40
+    assert len(j1_own.rewarded_pairs(everything, 0).tasks) == len(j1_own.pairs_to_judge(everything, 0).pairs.tasks) == 40
 
 
 def stand_ins(folder):
@@ -207,6 +207,7 @@ def test_the_papers_names_load_through_stand_ins(mine, tmp_path, monkeypatch, ca
     ("pairs.jsonl", ("--set", "waits=0"), 2, "--set waits: expected at least 1"),
     ("pairs.jsonl", ("--set", "max_tokens=8"), 2, "--set: expected 0 < answer_tokens < max_new_tokens"),
     ("pairs.jsonl", ("--set", "without=("), 2, "--set without: expected a regular expression"),
+    ("pairs.jsonl", ("--set", "without=.", "judged=pairs.jsonl"), 1, "set without: expected an expression"),
     ("pairs.jsonl", ("--set", "columns=q"), 2, "--set columns: expected ours=theirs"),
     ("pairs.jsonl", ("--set", "speed=1"), 2, "--set: expected some of"),
     ("pairs.jsonl", ("--model", "nowhere"), 1, "model: expected a folder or a name on the Hub"),
