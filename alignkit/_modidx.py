@@ -1645,6 +1645,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'alignkit.papers.j1_own._mean': ('papers/j1_own.html#_mean', 'alignkit/papers/j1_own.py'),
                                         'alignkit.papers.j1_own._messages': ('papers/j1_own.html#_messages', 'alignkit/papers/j1_own.py'),
                                         'alignkit.papers.j1_own._named': ('papers/j1_own.html#_named', 'alignkit/papers/j1_own.py'),
+                                        'alignkit.papers.j1_own._of_data': ('papers/j1_own.html#_of_data', 'alignkit/papers/j1_own.py'),
                                         'alignkit.papers.j1_own._pooled': ('papers/j1_own.html#_pooled', 'alignkit/papers/j1_own.py'),
                                         'alignkit.papers.j1_own._save': ('papers/j1_own.html#_save', 'alignkit/papers/j1_own.py'),
                                         'alignkit.papers.j1_own._select': ('papers/j1_own.html#_select', 'alignkit/papers/j1_own.py'),

@@ -168,8 +168,7 @@ def _check(config: OwnConfig) -> None:
                          ("set demonstrations", _listed(config.demonstrations))):
         for place in places:
             _check_place(name, place)
-    numbers = (1, config.answer_tokens + 1, config.max_new_tokens + 1, config.max_tokens + 1)
-    if list(numbers) != sorted(set(numbers)):
+    if not 0 < config.answer_tokens < config.max_new_tokens < config.max_tokens:
         raise ValueError("set: expected 0 < answer_tokens < max_new_tokens < max_tokens, got "
                          f"{config.answer_tokens}, {config.max_new_tokens}, {config.max_tokens}")
     for name in ("waits", "batch_size", "sft_epochs", "sft_batch", "updates", "traces"):
@@ -238,27 +237,33 @@ def _held_out(pairs: Pairs, seed: int) -> np.ndarray:  # (n,) bool
     return np.isin(pairs.items, drawn[:count])
 
 
-def rewarded_pairs(config: OwnConfig, seed: int) -> Pairs:
-    "What the judge learns on."
-    pairs = load_pairs(config.data, config).pairs
-    if not config.judged:
-        pairs = pairs.select(~_held_out(pairs, seed))
+def _of_data(config: OwnConfig) -> NamedSet:
+    "The pairs of `data`, some left out."
+    found = load_pairs(config.data, config)
     if not config.without:
-        return pairs
-    texts = ["\n".join([task.prompt, *task.answers]) for task in pairs.tasks]
+        return found
+    texts = ["\n".join([task.prompt, *task.answers]) for task in found.pairs.tasks]
     kept = np.array([not re.search(config.without, text) for text in texts], dtype=bool)
     print(f"{config.data}: {(~kept).sum()} of {len(kept)} pairs left out, where "
           f"{config.without!r} matches")
     if not kept.any():
         raise ValueError("set without: expected an expression that does not match in every "
                          f"pair, got {config.without!r}")
-    return pairs.select(kept)
+    return _select(found, kept)
+
+
+def rewarded_pairs(config: OwnConfig, seed: int) -> Pairs:
+    "What the judge learns on."
+    pairs = _of_data(config).pairs
+    return pairs if config.judged else pairs.select(~_held_out(pairs, seed))
 
 
 def pairs_to_judge(config: OwnConfig, seed: int) -> NamedSet:
     "What the judge is tested on; `config.judged` names one set, or none."
-    found = load_pairs(config.judged or config.data, config)
-    if not config.judged:
+    if config.judged:
+        found = load_pairs(config.judged, config)
+    else:
+        found = _of_data(config)
         found = _select(found, _held_out(found.pairs, seed))
     return _select(found, drawn_rows(len(found.pairs.tasks), config.judged_pairs, seed))
 
