@@ -29,6 +29,7 @@ from types import ModuleType
 from typing import Any
 
 from . import __version__, claims, report, runs
+from .own import leads, run_jobs
 from .trackers import TRACKERS
 
 # %% ../nbs/library/13_cli.ipynb #9b0a5e35
@@ -223,7 +224,7 @@ def run_own(args: argparse.Namespace) -> int:
     "`alignkit run PAPER --model M --data F`, and `--scale paper`"
     out = Path(args.out or f"runs/{args.paper}/{'paper' if args.scale == 'paper' else 'own'}")
     own, config = own_config(args)
-    if own.leads():
+    if leads():
         print(f"alignkit {__version__}: {args.paper} on {config.model}, seed {args.first_seed}, "
               f"in {out}", flush=True)
     try:
@@ -231,13 +232,18 @@ def run_own(args: argparse.Namespace) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error: # model, data or tracker
         raise CommandError(str(error)) from error
     try:
-        records = own.run_jobs(jobs, out, args.fresh)
+        records = run_jobs(jobs, out, args.fresh)
     except runs.JobsFailed as failure:
         raise CommandError(str(failure)) from failure
-    for record in records[-1:]: # none in a process that does not lead
+    last = [record for record in records if record.stage == records[-1].stage]
+    for record in last: # none in a process that does not lead
+        if len(last) > 1:
+            print(f"{record.arm}:")
         for name, value in record.scalars.items():
             print(f"{name:<18}{value:.3f}")
-        print(f"policy: {jobs[-1].folder(out) / 'policy'}")
+    for folder in (job.folder(out) / "policy" for job in jobs if records):
+        if folder.is_dir():
+            print(f"policy: {folder}")
     return 0
 
 # %% ../nbs/library/13_cli.ipynb #e05400a2
@@ -253,7 +259,10 @@ def run_paper(args: argparse.Namespace) -> int:
     paper, started = load_paper(args.paper), time.monotonic()
     chosen = choose(paper.claims(), scale, args.only)
     check_folder(out / f"{args.paper}.json", chosen, scale)
-    jobs = paper.jobs(configure(paper, scale, args.device), seeds)
+    try:
+        jobs = paper.jobs(configure(paper, scale, args.device), seeds)
+    except FileNotFoundError as error: # data that a scale needs
+        raise CommandError(str(error)) from error
     if args.only:
         jobs = runs.select(jobs, {arm for claim in chosen for arm in claim.arms})
     records, failure = execute(jobs, out, args.jobs or 2, args.fresh)

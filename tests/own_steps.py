@@ -7,7 +7,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from alignkit.papers.bspo_own import OwnConfig, own_jobs, run_jobs
+from alignkit.own import run_jobs
+from alignkit.papers.bspo_own import OwnConfig, own_jobs
 
 
 def config(models: Path) -> OwnConfig:

@@ -49,6 +49,13 @@ from alignkit.models.language import (
     tiny_causal_lm,
 )
 from ..models.scores import Scores
+from alignkit.papers.j1_own import (
+    OwnConfig,
+    SmallConfig,
+    own_jobs,
+    small_claims,
+    small_jobs,
+)
 from ..preferences import fit_sft
 from ..rl.algorithms import ReinforcePlusPlus
 from ..rl.language import sample_policy, score_samples
@@ -276,6 +283,16 @@ class Config:
         "Seconds: shows that everything runs and decides nothing."
         return cls(toy_items=2000, demonstrations=2000, sft_steps=20, updates=4, traces=64,
                    held_out=100, looks=(2,))
+
+    @staticmethod
+    def small() -> SmallConfig:
+        "A real language model on LLMBar: see the notebook of `papers.j1_own`."
+        return SmallConfig()
+
+    @staticmethod
+    def paper() -> OwnConfig:
+        "The paper's model and data: see the notebook of `papers.j1_own`."
+        return OwnConfig.paper()
 
 
 ARXIV = "2505.11875"
@@ -703,8 +720,12 @@ def judge_jobs(config: Config, seed: int) -> list[Job]:
     return [base, *sft.values(), *rl]
 
 
-def jobs(config: Config, seeds: Iterable[int]) -> list[Job]:
+def jobs(config: Config | SmallConfig | OwnConfig, seeds: Iterable[int]) -> list[Job]:
     "All jobs of the paper."
+    if isinstance(config, OwnConfig):
+        return [job for seed in seeds for job in own_jobs(config, seed)]
+    if isinstance(config, SmallConfig):
+        return small_jobs(config, seeds)
     return [job for seed in seeds for job in (
         Job("j1", toy, "toy", seed, {name: getattr(config, name) for name in TOY_FIELDS}),
         *judge_jobs(config, seed))]
@@ -881,7 +902,7 @@ def mechanism_claims() -> list[Claim]:
 
 def claims() -> list[Claim]:
     "Every item of the acceptance list."
-    return [*toy_claims(), *scaling_claims(), *mechanism_claims()]
+    return [*toy_claims(), *scaling_claims(), *mechanism_claims(), *small_claims()]
 
 
 CURVED = ("base", "sft", "rl_natural", "rl_forced", "rl_random")
