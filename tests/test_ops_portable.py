@@ -10,6 +10,7 @@ from pathlib import Path
 import pybind11
 import pytest
 import test_ops_advantages
+import test_ops_attention
 import test_ops_comparison
 import test_ops_fusion
 import test_ops_grouped
@@ -73,6 +74,8 @@ SUITES = {
     "clipped_policy_loss": (test_ops_policy_loss.test_agrees_with_float64, [None, *ESTIMATORS],
                             REDUCTIONS),
     "attention_fusion": (test_ops_fusion.test_agrees_with_float64, DTYPES, (False, True)),
+    "rotary_attention": (test_ops_attention.test_agrees_with_float64, test_ops_attention.SHAPES,
+                         (False, True)),
 }  # fmt: skip
 
 
