@@ -552,20 +552,9 @@ def test_it_works_where_an_event_loop_runs_as_in_jupyter(serve, cache):
 # ---- a real server ---------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    "`transformers serve` with a tiny random model that sees, and the same model in this process."
-    from test_vision import letter_tokenizer, tiny_processor, tiny_vision_lm
-
-    from alignkit.generate.model import LocalModel
-
-    folder = tmp_path_factory.mktemp("real") / "tiny"
-    processor = tiny_processor(letter_tokenizer())
-    lm = tiny_vision_lm(processor, seed=0, positions=128)
-    lm.generation_config.eos_token_id = lm.generation_config.pad_token_id = 0
-    lm.generation_config.do_sample = True  # or this server stays greedy at every temperature
-    lm.save_pretrained(folder)
-    processor.save_pretrained(folder)
+@contextlib.contextmanager
+def transformers_serve(folder):
+    "The address of a real server of the model in `folder`."
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
@@ -580,11 +569,48 @@ def real(tmp_path_factory):
                 break
             assert process.poll() is None, (folder.parent / "log").read_text()
             time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1", str(folder), LocalModel(lm, processor)
+        yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.kill()
         process.wait()
         log.close()
+
+
+def saved(lm, reader, folder):
+    lm.generation_config.eos_token_id = lm.generation_config.pad_token_id = 0
+    lm.generation_config.do_sample = True  # or this server stays greedy at every temperature
+    lm.save_pretrained(folder)
+    reader.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    "`transformers serve` with a tiny random model that sees, and the same model in this process."
+    from test_vision import letter_tokenizer, tiny_processor, tiny_vision_lm
+
+    from alignkit.generate.model import LocalModel
+
+    processor = tiny_processor(letter_tokenizer())
+    lm = tiny_vision_lm(processor, seed=0, positions=128)
+    folder = saved(lm, processor, tmp_path_factory.mktemp("real") / "tiny")
+    with transformers_serve(folder) as url:
+        yield url, str(folder), LocalModel(lm, processor)
+
+
+@pytest.fixture(scope="module")
+def real_text(tmp_path_factory):
+    "The same with a model of text alone: the server cannot stop one that sees at a string."
+    from test_vision import letter_tokenizer
+
+    from alignkit.generate.model import LocalModel
+    from alignkit.models.language import tiny_causal_lm
+
+    tokenizer = letter_tokenizer()
+    lm = tiny_causal_lm(tokenizer, seed=0, positions=128)
+    folder = saved(lm, tokenizer, tmp_path_factory.mktemp("real_text") / "tiny")
+    with transformers_serve(folder) as url:
+        yield url, str(folder), LocalModel(lm, tokenizer)
 
 
 def test_a_real_server_writes_what_the_model_writes_here(real, cache):
@@ -629,11 +655,11 @@ def test_a_real_server_draws_by_the_seed_and_refuses_by_name(real, cache, tmp_pa
         Served(url, "another", cache).generate([ask("who")])
 
 
-def test_a_real_server_is_made_to_think_longer_as_the_model_here_is(real, cache):
+def test_a_real_server_is_made_to_think_longer_as_the_model_here_is(real_text, cache):
     "Plain strings, which this server continues; a curve asked again asks nothing."
     from alignkit.judging.scaling import BudgetForcing
 
-    url, name, local = real
+    url, name, local = real_text
     judge = Served(url, name, cache, can={"continues"}, deadline=60)
     requests = [Request(text, 40, temperature=0) for text in ("which", "which of these")]
     for waits, where in ((0, "thinking"), (2, "verdict")):  # this model ends no thought by itself
