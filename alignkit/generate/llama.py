@@ -51,16 +51,20 @@ def can_read(
         if isinstance(part, nn.Linear))
 
 # %% ../../nbs/library/07b_generate_llama.ipynb #f43b650b
+def _side_by_side(linears, dtype: torch.dtype):  # weight (E, D), bias (E,) or None
+    "The weights of several layers as one layer's."
+    weights = [linear.weight.detach().to(dtype) for linear in linears]
+    biases = [linear.bias.detach().to(dtype) for linear in linears if linear.bias is not None]
+    return (weights[0] if len(weights) == 1 else torch.cat(weights),
+            torch.cat(biases) if biases else None)
+
+
 class PackedLinear:
     "Linear layers side by side: one product, by a copy of their weights packed here."
 
     def __init__(self, *linears: nn.Linear, dtype: torch.dtype):
-        weights = [linear.weight.detach().to(dtype) for linear in linears]
-        biases = [linear.bias.detach().to(dtype) for linear in linears
-                  if linear.bias is not None]
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(
-            weights[0] if len(weights) == 1 else torch.cat(weights))
-        self.bias, self.dtype = torch.cat(biases) if biases else None, dtype
+        weight, self.bias = _side_by_side(linears, dtype)
+        self.weight, self.dtype = torch.ops.mkldnn._reorder_linear_weight(weight), dtype
 
     def __call__(self, x: Tensor, then: str = "none") -> Tensor:  # (N, D) -> (N, E)
         return torch.ops.mkldnn._linear_pointwise(
@@ -75,11 +79,7 @@ class PlainLinear:
     "The same of narrow layers, whose weights stay as they are."
 
     def __init__(self, *linears: nn.Linear, dtype: torch.dtype):
-        weights = [linear.weight.detach().to(dtype) for linear in linears]
-        biases = [linear.bias.detach().to(dtype) for linear in linears
-                  if linear.bias is not None]
-        self.weight, self.dtype = torch.cat(weights), dtype
-        self.bias = torch.cat(biases) if biases else None
+        (self.weight, self.bias), self.dtype = _side_by_side(linears, dtype), dtype
 
     def __call__(self, x: Tensor, then: str = "none") -> Tensor:  # (N, D) -> (N, E)
         y = F.linear(x.to(self.dtype), self.weight, self.bias)

@@ -35,6 +35,7 @@ from alignkit.judging.metrics import (
     relative_gain,
     s1_scaling,
     winners,
+    within_budget,
 )
 from .verdicts import Choice, counted
 from ..runs import derive_seed
@@ -311,10 +312,11 @@ def majority_at(
     "The majority of the votes that the budget buys, at least one."
     n, orders, k = votes.verdicts.shape
     verdicts, tokens = votes.verdicts.reshape(-1, k), votes.tokens.reshape(-1, k)
-    bought = np.cumsum(tokens, 1) <= np.asarray(budget).reshape(-1, 1)
-    bought[:, 0] = True
-    winner = majority_vote(np.where(bought, verdicts, UNREAD))
-    return winner.reshape(n, orders), (tokens * bought).sum(1).reshape(n, orders)
+    budget = np.maximum(np.asarray(budget).reshape(-1), tokens[:, 0])
+    winner = majority_vote(within_budget(verdicts, tokens, budget))
+    totals = np.cumsum(tokens, 1)
+    spent = np.where(totals <= budget[:, None], totals, 0).max(1)
+    return winner.reshape(n, orders), spent.reshape(n, orders)
 
 def majority_curve(
     votes: Votes,

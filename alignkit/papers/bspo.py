@@ -66,6 +66,7 @@ from alignkit.preferences import (
     fit_sft,
     pair_accuracy,
 )
+from ..own import round_reporter
 from . import bspo_small
 from .bspo_own import OwnConfig, own_jobs
 from .bspo_small import SmallConfig
@@ -377,19 +378,11 @@ def train_sft(work: Work) -> Result:
             lm, demonstrations.to(config.device),
             steps=config.sft_steps, batch_size=config.batch_size, lr=config.sft_lr,
             seed=derive_seed(work.seed, "sft order"), checkpoints=work.checkpoints,
-            on_round=_reporter(work, config.sft_steps, "loss"))
+            on_round=round_reporter(work, config.sft_steps, ("loss",)))
         lm.save_pretrained(work.folder / "policy")
     tokenizer.save_pretrained(work.folder / "policy")
     return Result(scalars={"loss": history[-1]["loss"]},
                   curves={"loss": [line["loss"] for line in history[::10]]})
-
-
-def _reporter(work: Work, total: int, *names: str):
-    "Passes each round's figures on to the job's progress."
-    def report_round(round_: int, figures: Mapping[str, float]):
-        work.progress(round_ + 1, total, **{name: figures[name] for name in names})
-
-    return report_round
 
 # %% ../../nbs/papers/01_bspo.ipynb #2ca5741f
 def _pairs(world: TokenGrammar, config: Config, seed: int) -> PreferencePairs:
@@ -412,7 +405,7 @@ def train_scorelm(work: Work) -> Result:
             scorelm, pairs, steps=config.scorelm_steps, batch_size=config.batch_size,
             lr=config.scorelm_lr, lm_coef=config.lm_coef,
             seed=derive_seed(work.seed, member, "order"), checkpoints=work.checkpoints,
-            on_round=_reporter(work, config.scorelm_steps, "loss", "accuracy"))
+            on_round=round_reporter(work, config.scorelm_steps, ("loss", "accuracy")))
         scalars = {"minimum_score": float(answer_scores(scorelm, pairs).min()),
                    **_reward_quality(scorelm, world, config, work.seed),
                    **_detector_quality(scorelm, world, config, work.seed)}
@@ -474,7 +467,7 @@ def train_behaviour(work: Work) -> Result:
                 steps=config.scorelm_steps, batch_size=2 * config.batch_size,
                 lr=config.scorelm_lr, seed=derive_seed(work.seed, "behaviour order"),
                 checkpoints=work.checkpoints,
-                on_round=_reporter(work, config.scorelm_steps, "loss"))
+                on_round=round_reporter(work, config.scorelm_steps, ("loss",)))
         behaviour = ScoreLM(lm)
         behaviour.save_pretrained(work.folder / "scorelm")
         return Result(scalars=_detector_quality(behaviour, world, config, work.seed))

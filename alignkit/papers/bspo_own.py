@@ -34,7 +34,7 @@ from alignkit.own import (
     leads,
     load_tokenizer,
     reporting,
-    shown,
+    round_reporter,
     tracker_of,
     typed_changes,
 )
@@ -255,7 +255,7 @@ def train_own_scorelm(work: Work, report_to: str | None = None) -> Result:
             scorelm, pairs, steps=steps, batch_size=batch, lr=config.scorelm_lr,
             lm_coef=config.lm_coef, seed=derive_seed(work.seed, "order"),
             checkpoints=work.checkpoints,
-            on_round=shown(work, steps, ("loss", "accuracy"), tracker))
+            on_round=round_reporter(work, steps, ("loss", "accuracy"), tracker))
         scores = answer_scores(scorelm, pairs)
         if leads():
             scorelm.save_pretrained(work.folder / "scorelm")
@@ -333,7 +333,7 @@ def train_own_policy(work: Work, report_to: str | None = None) -> Result:
             policy, critic, algorithm, rounds=config.iterations, lr=config.lr,
             minibatches=config.minibatches, epochs=config.epochs,
             seed=derive_seed(work.seed, "updates"), checkpoints=work.checkpoints,
-            on_round=shown(work, config.iterations, ("reward", "supported", "entropy"),
+            on_round=round_reporter(work, config.iterations, ("reward", "supported", "entropy"),
                             tracker))
         if leads():
             policy.save_pretrained(work.folder / "policy")

@@ -14,7 +14,7 @@ __all__ = ['TOY_ITEMS', 'TOY_P', 'FIRST_CHECKS', 'TOY_WAITS', 'TOY_TABLE', 'TOY_
 
 # %% ../../nbs/papers/05_j1.ipynb #8c99ea97
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -36,12 +36,8 @@ from alignkit.claims import (
     scalar,
 )
 from ..generate.local import Samples
-from alignkit.judging.metrics import (
-    credit,
-    item_slopes,
-    majority_vote,
-    within_budget,
-)
+from ..judging.metrics import credit, item_slopes
+from ..judging.scaling import Votes, majority_at
 from alignkit.models.language import (
     LanguagePolicy,
     Tokens,
@@ -49,6 +45,7 @@ from alignkit.models.language import (
     tiny_causal_lm,
 )
 from ..models.scores import Scores
+from ..own import round_reporter
 from alignkit.papers.j1_own import (
     OwnConfig,
     SmallConfig,
@@ -392,6 +389,10 @@ class Sitting:
     def right(self) -> np.ndarray:  # (n,) in [0, 1]; no verdict is wrong
         return credit(self.verdicts, self.labels).mean(1)
 
+    @property
+    def tokens(self) -> np.ndarray:  # (n, 2) of thinking; by order
+        return np.stack([reading.thinking for reading in self.readings], 1)
+
     def mean(self, figure: Callable[[Reading], np.ndarray]) -> float:
         "Of both orders; `figure` gives one number a trace, or a check. 0 of nothing."
         found = np.concatenate([figure(reading) for reading in self.readings])
@@ -501,19 +502,12 @@ def majority_accuracy(
 ) -> list[float]:  # by the number of continuations whose tokens may be spent
     "Accuracy of a majority of unforced verdicts at the tokens of the forced ones."
     items = held_out(config, seed)
-    votes = [sit(policy, items, 0, derive_seed(seed, "vote", vote), config, **options)
+    drawn = [sit(policy, items, 0, derive_seed(seed, "vote", vote), config, **options)
              for vote in range(config.votes)]
-    accuracies = []
-    for level in levels:
-        orders = []
-        for order in range(2):
-            asked = np.stack([vote.verdicts[:, order] for vote in votes], 1)
-            tokens = np.stack([vote.readings[order].thinking for vote in votes], 1)
-            budget = np.maximum(level.readings[order].thinking, tokens[:, 0])
-            winner = majority_vote(within_budget(asked, tokens, budget))
-            orders.append(credit(winner, level.labels).mean())
-        accuracies.append(float(np.mean(orders)))
-    return accuracies
+    votes = Votes(np.stack([vote.verdicts for vote in drawn], 2),
+                  np.stack([vote.tokens for vote in drawn], 2))
+    return [float(credit(majority_at(votes, level.tokens)[0], level.labels).mean())
+            for level in levels]
 
 
 GREEDY = 1e-6  # a temperature at which the most probable token is certain
@@ -533,9 +527,8 @@ def examine(policy: LanguagePolicy, config: Config, seed: int, own: int = 1) -> 
     scalars = {
         "slope": slope(levels), "slope_greedy": slope(greedy), "slope_filler": slope(filler),
         "gain": accuracy[-1] - accuracy[0], "accuracy_0": accuracy[0],
-        "slope_unread_half": float(np.polyfit(
-            curves["waits"], curves["accuracy_unread_half"], 1)[0]),
-        "slope_majority": float(np.polyfit(curves["waits"], curves["majority"], 1)[0])}
+        "slope_unread_half": float(item_slopes(
+            curves["waits"], np.array([curves["accuracy_unread_half"]]))[0])}
     if config.visible:
         scalars["reads"] = reads(levels[-1], held_out(config, seed))
     if accuracy[0]:
@@ -606,7 +599,7 @@ def imitate(work: Work) -> Result:
             lm, tokens, mask=mask, steps=config.sft_steps, batch_size=config.batch_size,
             lr=config.base_lr if base else config.sft_lr,
             seed=derive_seed(work.seed, "order"), checkpoints=work.checkpoints,
-            on_round=_reporter(work, config.sft_steps, "loss"))
+            on_round=round_reporter(work, config.sft_steps, ("loss",)))
         lm.save_pretrained(work.folder / "judge")
         result = examine(LanguagePolicy(lm), config, work.seed,
                          own=TEACHERS[work.arm].reflections)
@@ -627,14 +620,6 @@ def drill(lm, config: Config, seed: int) -> None:
     fit_sft(lm, tokens, mask=tokens.completion_ids < SLOT, steps=config.drill_steps,
             batch_size=config.batch_size, lr=config.base_lr,
             seed=derive_seed(seed, "drill batches"))
-
-
-def _reporter(work: Work, total: int, *names: str):
-    def report_round(round_: int, figures: Mapping[str, float]):
-        work.progress(round_ + 1, total,
-                      **{name: figures[name] for name in names if name in figures})
-
-    return report_round
 
 # %% ../../nbs/papers/05_j1.ipynb #79c8730c
 @dataclass
@@ -677,8 +662,8 @@ def reinforce(work: Work) -> Result:
             collect, policy, None, ReinforcePlusPlus(), rounds=config.updates, lr=config.lr,
             minibatches=1, epochs=1, seed=derive_seed(work.seed, "updates"),
             checkpoints=work.checkpoints, observe=_observer(policy, work),
-            on_round=_reporter(work, config.updates, "reward", "entropy",
-                               "completions/mean_length", "slope"))
+            on_round=round_reporter(work, config.updates,
+                           ("reward", "entropy", "completions/mean_length")))
         policy.save_pretrained(work.folder / "judge")
         result = examine(policy, config, work.seed)
     curves = {name: [line[name] for line in history] for name in ("reward", "entropy")}

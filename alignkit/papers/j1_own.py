@@ -67,7 +67,7 @@ from alignkit.own import (
     leads,
     load_tokenizer,
     reporting,
-    shown,
+    round_reporter,
     tracker_of,
     typed_changes,
 )
@@ -370,7 +370,7 @@ def imitate_own(work: Work, report_to: str | None = None) -> Result:
         history = fit_sft(
             lm, traces, steps=steps, batch_size=batch, lr=config.sft_lr,
             seed=derive_seed(work.seed, "order"), checkpoints=work.checkpoints,
-            on_round=shown(work, steps, ("loss",), tracker))
+            on_round=round_reporter(work, steps, ("loss",), tracker))
         _save(work, lm, tokenizer)
     return Result(scalars={"loss_end": history[-1]["loss"]}, counts={"traces": len(traces)},
                   curves={"loss": [line["loss"] for line in history]})
@@ -426,7 +426,7 @@ def reinforce_own(work: Work, report_to: str | None = None) -> Result:
             collect, policy, None, ReinforcePlusPlus(), rounds=config.updates, lr=config.lr,
             minibatches=config.minibatches, epochs=config.epochs,
             seed=derive_seed(work.seed, "updates"), checkpoints=work.checkpoints,
-            on_round=shown(work, config.updates, names, tracker))
+            on_round=round_reporter(work, config.updates, names, tracker))
         _save(work, policy, tokenizer)
     for finding in health(history):
         print(f"{work.job.name}: {finding}")

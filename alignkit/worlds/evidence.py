@@ -36,10 +36,6 @@ class Items:
         digits = None if self.digits is None else self.digits[:, :, ::-1].copy()
         return Items(1 - self.winners, digits)
 
-    def __getitem__(self, rows) -> "Items":
-        digits = None if self.digits is None else self.digits[rows]
-        return Items(self.winners[rows], digits)
-
     def __len__(self) -> int:
         return len(self.winners)
 
