@@ -146,6 +146,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'alignkit/generate/cache.py'),
                                          'alignkit.generate.cache._completion': ( 'library/generate_cache.html#_completion',
                                                                                   'alignkit/generate/cache.py'),
+                                         'alignkit.generate.cache._write_ahead': ( 'library/generate_cache.html#_write_ahead',
+                                                                                   'alignkit/generate/cache.py'),
                                          'alignkit.generate.cache.call_key': ( 'library/generate_cache.html#call_key',
                                                                                'alignkit/generate/cache.py')},
             'alignkit.generate.llama': { 'alignkit.generate.llama.LlamaReader': ( 'library/generate_llama.html#llamareader',

@@ -442,6 +442,16 @@ def test_two_processes_share_a_cache_and_ask_once(serve, tmp_path):
     assert len(server.bodies) == 30
 
 
+def test_a_new_file_that_somebody_else_is_making_is_waited_for(tmp_path):
+    path = tmp_path / "calls.sqlite"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("begin immediate")
+        release = threading.Timer(0.3, other.execute, ["rollback"])
+        release.start()
+        Cache(path).close()
+        release.join()
+
+
 def test_a_full_disk_and_a_broken_file_are_named(tmp_path):
     path = tmp_path / "calls.sqlite"
     path.write_bytes(b"this is no database" * 100)

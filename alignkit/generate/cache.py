@@ -31,6 +31,7 @@ def call_key(
 
 # %% ../../nbs/library/07e_generate_cache.ipynb #7755bb00
 _VERSION = 1
+_PATIENCE = 60.0  # seconds to wait for a lock of somebody else
 _TABLE = """create table if not exists calls (
     key text primary key,
     request text not null,  -- url and body, as JSON
@@ -46,6 +47,19 @@ def _completion(answer: str) -> Completion:
     if fields["tokens"] is not None:
         fields["tokens"] = tuple(Token(**token) for token in fields["tokens"])
     return Completion(**fields)
+
+
+def _write_ahead(database: sqlite3.Connection) -> None:
+    "Turn the log on. SQLite waits for no lock here: of two that open a new file, one is refused."
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            database.execute("pragma journal_mode=wal")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 # %% ../../nbs/library/07e_generate_cache.ipynb #d9771ae8
 @dataclass(frozen=True)
@@ -68,12 +82,12 @@ class Cache:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._database = sqlite3.connect(self.path, timeout=60, isolation_level=None,
+        self._database = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None,
                                          check_same_thread=False)
         self._database.create_function("alive", 1, is_alive)
         with self._naming_file() as database:
-            for pragma in ("journal_mode=wal", "synchronous=full"):
-                database.execute(f"pragma {pragma}")
+            _write_ahead(database)
+            database.execute("pragma synchronous=full")
             found = database.execute("pragma user_version").fetchone()[0]
             if found not in (0, _VERSION):
                 raise CacheError(f"{self.path}: expected a cache of version {_VERSION}, "
