@@ -9,7 +9,7 @@ import transformers
 
 from alignkit import ops
 from alignkit.generate import llama
-from alignkit.generate.local import sample
+from alignkit.generate.local import Memory, sample
 from alignkit.models.language import LanguagePolicy, tiny_causal_lm
 from alignkit.models.split import split, with_trunk
 from alignkit.rl.language import sample_policy
@@ -241,6 +241,68 @@ def test_a_shared_start_is_read_once_and_changes_nothing(lean_miniatures, monkey
     T = ours.logps.shape[1]
     assert torch.equal(ours.tokens.input_ids, expected[:, : ids.shape[1] + T])
     torch.testing.assert_close(ours.logps, logps[:, :T], atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    "How many tokens of how many rows the lean reader was given at a time."
+    shapes, forward = [], llama.LlamaReader.__call__
+
+    def recording(self, new, mask):
+        shapes.append(tuple(new.shape[:2]))
+        return forward(self, new, mask)
+
+    monkeypatch.setattr(llama.LlamaReader, "__call__", recording)
+    return shapes
+
+
+def on_the_left(rows):
+    "Ids and mask."
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+    return ids.where(ids >= 0, 16), ids >= 0
+
+
+def pieces(lm, memory, prompts, change=lambda lm: None):
+    "Two rounds: the second goes on from the texts of the first, in another order, after a word or two."
+    def write(ids, mask, seed):
+        return sample(lm, ids, mask, max_new_tokens=10, generator=generator(seed, "p"), temperature=0.8,
+                      eos_token_id=7, pad_token_id=16, memory=memory)
+
+    first = write(*on_the_left(prompts), 3)
+    change(lm)
+    texts = [ids[real] for ids, real in zip(first.tokens.input_ids, first.tokens.attention_mask, strict=True)]
+    texts[1][-2] = (texts[1][-2] + 1) % 16  # as if it had been split into other tokens
+    texts = [torch.cat([text, torch.tensor([1, 2][: 1 + i % 2])]) for i, text in enumerate(texts)]
+    ids, mask = on_the_left(texts[::-1])
+    second, (expected, logps) = write(ids, mask, 4), plainly(lm, ids, mask, 10, 4, 7)
+    assert torch.equal(second.tokens.input_ids, expected[:, : second.tokens.input_ids.shape[1]])
+    torch.testing.assert_close(second.logps, logps[:, : second.logps.shape[1]], atol=1e-5, rtol=0)
+    return mask
+
+
+PROMPTS = [torch.tensor([3, 4, 5, 6, 8]), torch.tensor([9, 3, 10]), *[torch.tensor([3, 4, 5, 9])] * 6]
+
+
+@lean
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 6, "tie_word_embeddings": True}])
+def test_a_text_that_is_gone_on_from_is_not_read_again_and_is_the_same(lean_miniatures, reads, changes):
+    mask = pieces(grouped_llama(**changes), Memory(8), PROMPTS)
+    assert len(set(mask.sum(1).tolist())) > 2  # rows ended at different times
+    [_, again] = [(B, n) for B, n in reads if n > 1]
+    assert again == (8, 4)  # two put in, one that differed, and the last, which nobody had read
+
+
+@lean
+@pytest.mark.parametrize("texts, change", [
+    (8, lambda lm: lm.model.layers[0].self_attn.k_proj.weight.detach().mul_(1.5)),
+    (4, lambda lm: None),
+])
+def test_what_is_forgotten_is_read_again(lean_miniatures, reads, texts, change):
+    "Weights have changed, or there were more texts than it holds."
+    memory = Memory(texts)
+    mask = pieces(grouped_llama(), memory, PROMPTS, change)
+    assert [(B, n) for B, n in reads if n > 1][-1] == tuple(mask.shape)
+    assert len(memory.texts) == texts
 
 
 def errors(lm, samples):

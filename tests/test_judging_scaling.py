@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_generate_text import ask, letter_tokenizer
 
+from alignkit.generate import llama
 from alignkit.generate.cache import Cache, Cached
 from alignkit.generate.model import LocalModel, prompt_text
 from alignkit.generate.text import Completion, NotAble, Request, Scripted, Token
@@ -435,3 +436,26 @@ def test_a_curve_of_a_local_model_counts_every_outcome(model):
     assert set(trend(curve)) == {"slope per wait", "gain", "truncated at the last", "s1 performance"}
     assert isinstance(curve, Curve) and curve.verdicts.shape == (3, 2, 2) and (curve.verdicts == UNREAD).all()
     assert estimate(curve.right[:, 0]).value == 0 and (curve.thinking < curve.tokens).all()
+
+
+def test_rounds_do_not_read_again_what_a_local_model_wrote(model, monkeypatch):
+    "Each round by a new model, which remembers nothing, says the same after more reading."
+    class Forgetful:
+        can = model.can
+
+        def generate(self, requests):
+            return LocalModel(model.lm, model.tokenizer).generate(requests)
+
+    tokens, forward = [], llama.LlamaReader.__call__
+
+    def counting(self, new, mask):
+        tokens[-1] += new.numel()
+        return forward(self, new, mask)
+
+    monkeypatch.setattr(llama.LlamaReader, "__call__", counting)
+    said = []
+    for generator in (model, Forgetful()):
+        tokens.append(0)
+        forcing = BudgetForcing(generator, waits=2, answer_tokens=10, continuation=" wait")
+        said.append(forcing.generate(ask("which", 120, temperature=3.0).times(12)))
+    assert said[0] == said[1] and tokens[0] < 0.8 * tokens[1]

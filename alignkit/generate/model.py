@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .local import Samples, sample
+from .local import Memory, Samples, sample
 from alignkit.generate.text import (
     Ability,
     Completion,
@@ -114,6 +114,7 @@ class LocalModel:
     ):
         self.lm, self.tokenizer, self.batch_size = lm, tokenizer, batch_size
         self.reads_by = tokenizer  # whose template and placeholders hold
+        self._memory = Memory(batch_size)
         if _is_processor(tokenizer):
             if not sees_images(lm):
                 raise ValueError("lm: expected a vision-language model beside a processor, "
@@ -178,8 +179,15 @@ class LocalModel:
             self.lm, prompt_ids.to(device), mask.to(device), max_new_tokens=length,
             generator=generators, temperature=temperature or _GREEDY,
             eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id,
-            writer=_stopper(self.tokenizer, chosen), images=images)
+            writer=_stopper(self.tokenizer, chosen), images=images,
+            memory=self._remember(chosen))
         return dict(zip(rows, self._read(samples, chosen), strict=True))
+
+    def _remember(self, requests: Sequence[Request]) -> Memory | None:
+        if "images" not in self.can and all(request.prefix for request in requests):
+            return self._memory
+        self._memory.texts.clear()
+        return None
 
     def _encode(self, texts: Sequence[str], requests: Sequence[Request]):
         "Ids, mask and, where the model sees, images."
