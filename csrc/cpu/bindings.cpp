@@ -174,13 +174,24 @@ RotaryAttentionArguments rotary_arguments(std::uintptr_t qkv, std::uintptr_t cos
   if (H <= 0 || G <= 0 || H % G || D <= 0 || D % 16 || D > 256)
     throw std::invalid_argument("G must divide H, and 16 D up to 256");
   if (B > 0 && n > 0) {
-    require(qkv, "qkv");
     require(cos, "cos");
     require(sin, "sin");
   }
   return {at<const float>(qkv), at<const float>(cos), at<const float>(sin),
           rotary_per_row ? n * D : 0, at<const std::uint8_t>(mask), nullptr, nullptr, 0, nullptr,
           nullptr, scale, B, n, 0, H, G, D};
+}
+
+// Of what was read before, and of the tokens to come.
+void remember(std::uintptr_t keys, std::uintptr_t values, std::int64_t room, std::int64_t start,
+              RotaryAttentionArguments& x) {
+  require_sizes(room, start);
+  if (!keys != !values || (keys ? room % 16 || start + x.n > room : start))
+    throw std::invalid_argument("keys and values must hold start + n of room, in whole vectors");
+  x.keys = at<float>(keys);
+  x.values = at<float>(values);
+  x.room = room;
+  x.start = start;
 }
 
 void bound_rotary_attention(std::uintptr_t qkv, std::uintptr_t cos, std::uintptr_t sin,
@@ -190,14 +201,11 @@ void bound_rotary_attention(std::uintptr_t qkv, std::uintptr_t cos, std::uintptr
                             std::int64_t room, std::int64_t start, std::uintptr_t out,
                             std::uintptr_t log_sum, int threads) {
   auto x = rotary_arguments(qkv, cos, sin, rotary_per_row, mask, scale, B, n, H, G, D);
-  require_sizes(room, start);
-  if (!keys != !values || (keys ? room % 16 || start + n > room : start))
-    throw std::invalid_argument("keys and values must hold start + n of room, in whole vectors");
-  if (B > 0 && n > 0) require(out, "out");
-  x.keys = at<float>(keys);
-  x.values = at<float>(values);
-  x.room = room;
-  x.start = start;
+  remember(keys, values, room, start, x);
+  if (B > 0 && n > 0) {
+    require(qkv, "qkv");
+    require(out, "out");
+  }
   x.out = at<float>(out);
   x.log_sum = at<float>(log_sum);
   rotary_attention(x, threads);
@@ -211,12 +219,33 @@ void bound_rotary_attention_backward(std::uintptr_t qkv, std::uintptr_t cos, std
                                      int threads) {
   auto x = rotary_arguments(qkv, cos, sin, rotary_per_row, mask, scale, B, n, H, G, D);
   if (B > 0 && n > 0) {
+    require(qkv, "qkv");
     require(log_sum, "log_sum");
     require(grad_out, "grad_out");
     require(grad_qkv, "grad_qkv");
   }
   x.log_sum = at<float>(log_sum);
   rotary_attention_backward(x, at<const float>(grad_out), at<float>(grad_qkv), threads);
+}
+
+void bound_decoder_layer(std::uintptr_t x, std::uintptr_t weights, float eps, std::int64_t W,
+                         std::int64_t F, std::uintptr_t cos, std::uintptr_t sin,
+                         bool rotary_per_row, std::uintptr_t mask, float scale, std::int64_t B,
+                         std::int64_t n, std::int64_t H, std::int64_t G, std::int64_t D,
+                         std::uintptr_t keys, std::uintptr_t values, std::int64_t room,
+                         std::int64_t start, std::uintptr_t y, int threads) {
+  auto attention = rotary_arguments(0, cos, sin, rotary_per_row, mask, scale, B, n, H, G, D);
+  remember(keys, values, room, start, attention);
+  if (W <= 0 || W % 16 || F <= 0 || F % 16)
+    throw std::invalid_argument("W and F must be multiples of 16");
+  if (B > 0 && n > 0) {
+    require(x, "x");
+    require(weights, "weights");
+    require(keys, "keys");
+    require(y, "y");
+  }
+  decoder_layer({at<const float>(x), at<const float>(weights), at<float>(y), eps, W, F, attention},
+                threads);
 }
 
 }  // namespace
@@ -237,4 +266,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("attention_fusion_backward", &bound_fusion_backward, no_gil);
   m.def("rotary_attention", &bound_rotary_attention, no_gil);
   m.def("rotary_attention_backward", &bound_rotary_attention_backward, no_gil);
+  m.def("decoder_layer", &bound_decoder_layer, no_gil);
 }
