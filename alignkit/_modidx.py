@@ -1227,6 +1227,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'alignkit.ops.dispatch.row_pointer': ( 'kernels/dispatch.html#row_pointer',
                                                                               'alignkit/ops/dispatch.py'),
                                        'alignkit.ops.dispatch.rows_of': ('kernels/dispatch.html#rows_of', 'alignkit/ops/dispatch.py'),
+                                       'alignkit.ops.dispatch.threads_for': ( 'kernels/dispatch.html#threads_for',
+                                                                              'alignkit/ops/dispatch.py'),
                                        'alignkit.ops.dispatch.warn_slow': ('kernels/dispatch.html#warn_slow', 'alignkit/ops/dispatch.py'),
                                        'alignkit.ops.dispatch.wide': ('kernels/dispatch.html#wide', 'alignkit/ops/dispatch.py'),
                                        'alignkit.ops.dispatch.wide_dtype': ( 'kernels/dispatch.html#wide_dtype',

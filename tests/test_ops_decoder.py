@@ -9,7 +9,7 @@ import torch
 from ops_cases import poisoned, require
 from torch.nn import functional as F
 
-from alignkit.ops import decoder, dispatch
+from alignkit.ops import dispatch
 from alignkit.ops.attention import RotaryCache, rotary_attention_reference
 from alignkit.ops.decoder import LayerWeights, PackedLayer, Product, decoder_layer_reference, fits
 
@@ -104,7 +104,7 @@ def test_a_row_has_the_same_bits_whoever_reads_it(monkeypatch, threads):
     x = case(37, 6, 48, 80, 4, 2, 16, padded=True)
     layer = PackedLayer(x.weights)
     together = x.read(layer, range(37), halves(6))
-    monkeypatch.setattr(decoder, "PARALLEL", 1)
+    monkeypatch.setattr(dispatch, "PARALLEL", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert torch.equal(x.read(layer, range(37), halves(6)), together)
     assert torch.equal(x.read(layer, range(37), [1] * 6), together)
@@ -120,7 +120,7 @@ def _answers(layer, x, expected):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of fork in a process with threads
 def test_a_fork_has_no_workers_to_wait_for(monkeypatch):
     require("cpu")
-    monkeypatch.setattr(decoder, "PARALLEL", 1)
+    monkeypatch.setattr(dispatch, "PARALLEL", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     x = case(5, 2, 48, 80, 4, 2, 16)
     layer = PackedLayer(x.weights)

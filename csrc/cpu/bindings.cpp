@@ -74,25 +74,26 @@ TokenLogpsArguments token_arguments(std::uintptr_t logits, bool bfloat16, std::i
 void bound_token_logps(std::uintptr_t logits, bool bfloat16, std::int64_t stride,
                        std::uintptr_t ids, float temperature, std::uintptr_t logps,
                        std::uintptr_t entropy, std::uintptr_t top, std::uintptr_t log_sum,
-                       std::int64_t N, std::int64_t V) {
+                       std::int64_t N, std::int64_t V, int threads) {
   token_logps(token_arguments(logits, bfloat16, stride, ids, temperature, logps, entropy, top,
-                              log_sum, N, V));
+                              log_sum, N, V),
+              threads);
 }
 
 void bound_token_logps_backward(std::uintptr_t grad_logps, std::uintptr_t grad_entropy,
                                 std::uintptr_t logits, bool bfloat16, std::int64_t stride,
                                 std::uintptr_t ids, float temperature, std::uintptr_t entropy,
                                 std::uintptr_t top, std::uintptr_t log_sum, std::int64_t N,
-                                std::int64_t V, std::uintptr_t grad) {
+                                std::int64_t V, std::uintptr_t grad, int threads) {
   token_logps_backward(token_arguments(logits, bfloat16, stride, ids, temperature, 0, entropy,
                                        top, log_sum, N, V),
                        at<const float>(grad_logps), at<const float>(grad_entropy),
-                       at<void>(grad));
+                       at<void>(grad), threads);
 }
 
 void bound_sample_tokens(std::uintptr_t logits, bool bfloat16, std::int64_t stride,
                          std::uintptr_t uniforms, float temperature, std::uintptr_t ids,
-                         std::uintptr_t logps, std::int64_t N, std::int64_t V) {
+                         std::uintptr_t logps, std::int64_t N, std::int64_t V, int threads) {
   require_sizes(N, V);
   if (N > 0) {
     if (V == 0) throw std::invalid_argument("V must be positive");
@@ -103,7 +104,8 @@ void bound_sample_tokens(std::uintptr_t logits, bool bfloat16, std::int64_t stri
   }
   sample_tokens({at<const void>(logits), bfloat16 ? Dtype::bfloat16 : Dtype::float32, stride,
                  at<const float>(uniforms), temperature, at<std::int64_t>(ids),
-                 at<float>(logps), N, V});
+                 at<float>(logps), N, V},
+                threads);
 }
 
 void bound_policy_loss(std::uintptr_t logps, std::uintptr_t old_logps, std::uintptr_t advantages,
@@ -186,7 +188,8 @@ RotaryAttentionArguments rotary_arguments(std::uintptr_t qkv, std::uintptr_t cos
 void remember(std::uintptr_t keys, std::uintptr_t values, std::int64_t room, std::int64_t start,
               RotaryAttentionArguments& x) {
   require_sizes(room, start);
-  if (!keys != !values || (keys ? room % 16 || start + x.n > room : start))
+  const bool fits = keys ? room % 16 == 0 && start + x.n <= room : start == 0;
+  if (x.B > 0 && (!keys != !values || !fits))
     throw std::invalid_argument("keys and values must hold start + n of room, in whole vectors");
   x.keys = at<float>(keys);
   x.values = at<float>(values);

@@ -45,11 +45,11 @@ struct TokenLogpsArguments {
   std::int64_t V;
 };
 
-void token_logps(const TokenLogpsArguments& args);
+void token_logps(const TokenLogpsArguments& args, int threads);
 
 // From what the forward pass kept; `grad` is (N, V) without gaps, in the dtype of `logits`.
 void token_logps_backward(const TokenLogpsArguments& kept, const float* grad_logps,
-                          const float* grad_entropy, void* grad);
+                          const float* grad_entropy, void* grad, int threads);
 
 // (N, V) logits whose rows are `stride` elements apart, and (N,) of everything else.
 struct SampleTokensArguments {
@@ -64,7 +64,7 @@ struct SampleTokensArguments {
   std::int64_t V;
 };
 
-void sample_tokens(const SampleTokensArguments& args);
+void sample_tokens(const SampleTokensArguments& args, int threads);
 
 enum class Kl { k1, k2, k3 };
 
