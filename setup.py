@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from configparser import ConfigParser
 from glob import glob
 from pathlib import Path
@@ -23,6 +24,7 @@ CUDA_SOURCES = sorted(glob(NATIVE["cuda_sources"]))
 # GCC vectorises a comparison only where it cannot trap, a square root only where it need not set
 # errno; no result depends on either.
 FLAGS = ["-O3", "-fno-trapping-math", "-fno-math-errno", "-Wall", "-Wextra"] if os.name == "posix" else []
+STRIP = ["-s"] if sys.platform == "linux" else []  # names inside an extension are a tenth of it
 
 
 def lines(key):
@@ -63,6 +65,7 @@ def cpu_extension():
         include_dirs=["csrc"],
         cxx_std=NATIVE.getint("cxx_std"),
         extra_compile_args=FLAGS,
+        extra_link_args=STRIP,
         optional=True,  # without a compiler the reference serves
     )
 
@@ -80,6 +83,7 @@ def cuda_extension(compiler):
         libraries=["cudart_static", "rt", "dl", "pthread"],
         cxx_std=NATIVE.getint("cxx_std"),
         extra_compile_args=FLAGS,
+        extra_link_args=STRIP,
         optional=WANT_CUDA != "1",
     )
 

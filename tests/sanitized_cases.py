@@ -17,6 +17,7 @@ import torch
 from alignkit import ops
 from alignkit.ops import dispatch
 from alignkit.ops.attention import RotaryCache, rotary_attention
+from alignkit.ops.decoder import LayerWeights, PackedLayer, Product
 
 EDGES = [0, 1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33]
 LONG = [255, 256, 257, 511, 512, 513, 1023, 1024, 1025]
@@ -115,7 +116,21 @@ def attentions():
         cache.attend(qkv[:, t : t + 1], *(x[:, t : t + 1] for x in rotary), **options)
 
 
-KINDS = [advantages, groups, comparisons, logits, losses, fusions, attentions]
+def layers():
+    B, n, G, shared = random.choice([0, 1, 3, 40]), random.choice(EDGES), random.choice([1, 2]), random.choice([1, 3])
+    D, W, width = random.choice([16, 48]), random.choice([16, 48]), random.choice([16, 80])
+    heads, later = shared * G, random.choice([0, 1, 20])
+    shapes = [((heads + 2 * G) * D, W), (W, heads * D), (width, W), (width, W), (W, width)]
+    layer = PackedLayer(LayerWeights(
+        [torch.randn(W), torch.randn(W)], 1e-6,
+        *(Product(torch.randn(shape), maybe(torch.randn(shape[0]))) for shape in shapes), heads, 0.3))
+    cache, angles = RotaryCache(B, G, D, n + later), torch.randn(random.choice([1, max(B, 1)]) if B else 1, n + later, D)
+    for start, end in ((0, n), *((t, t + 1) for t in range(n, n + later))):
+        layer(floats(B, end - start, W), angles[:, start:end].cos(), angles[:, start:end].sin(), cache,
+              maybe(flags(B, end)))
+
+
+KINDS = [advantages, groups, comparisons, logits, losses, fusions, attentions, layers]
 
 
 def main(kernels, cases, seconds=float("inf")):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ops_cases import poisoned, require
 
-from alignkit.ops.attention import SHORT, RotaryCache, rotary_attention, rotary_attention_reference
+from alignkit.ops.attention import RotaryCache, rotary_attention, rotary_attention_reference
 
 BACKENDS = ["reference", "cpu"]
 SHAPES = [(1, 1, 1, 1, 16), (3, 17, 4, 2, 16), (2, 33, 6, 2, 48), (2, 64, 3, 1, 64)]  # B, n, H, G, D
@@ -69,7 +69,7 @@ def test_who_may_see_nothing_reads_zeros():
 def test_every_number_of_threads_gives_the_same_bits(monkeypatch):
     x, grad_out = inputs(8, 33, 4, 4, 16), torch.randn(8, 33, 4, 16)
     alone = out_and_gradient(rotary_attention, x, grad_out)
-    monkeypatch.setattr("alignkit.ops.attention.PARALLEL", 1)
+    monkeypatch.setattr("alignkit.ops.dispatch.PARALLEL", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for one, three in zip(alone, out_and_gradient(rotary_attention, x, grad_out), strict=True):
         assert torch.equal(one, three)
@@ -83,8 +83,7 @@ def test_a_cache_read_in_portions(shape, padded):
     mask = left_padding(B, n) if padded else None
     wanted = rotary_attention_reference(**x, mask=mask)
     cache, found, rows = RotaryCache(B, G, D, n), [], torch.arange(B)
-    assert SHORT < 70
-    for start, end in ((0, 70), (70, 71), (71, 79), (79, 80)):  # torch, kernel, kernel, kernel
+    for start, end in ((0, 70), (70, 71), (71, 79), (79, 80)):
         found.append(cache.attend(
             x["qkv"][rows, start:end], x["cos"][:, start:end], x["sin"][:, start:end], heads=H,
             scale=x["scale"], mask=None if mask is None else mask[rows, :end]))
@@ -96,6 +95,14 @@ def test_a_cache_read_in_portions(shape, padded):
         rows = rows[[1, 0, 1]] if start == 70 else rows
         if start == 70:
             cache.select(torch.tensor([1, 0, 1]))
+
+
+def test_no_rows_are_read_token_by_token():
+    x, cache = inputs(0, 3, 4, 2, 16), RotaryCache(0, 2, 16, 3)
+    for t in range(3):
+        out = cache.attend(x["qkv"][:, t : t + 1], x["cos"][:, t : t + 1], x["sin"][:, t : t + 1], heads=4,
+                           scale=1.0)
+        assert out.shape == (0, 1, 4, 16)
 
 
 @pytest.mark.parametrize("change, message", [

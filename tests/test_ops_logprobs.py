@@ -17,7 +17,7 @@ from ops_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignkit import ops
-from alignkit.ops import logprobs
+from alignkit.ops import dispatch, logprobs
 from alignkit.ops.logprobs import IGNORE
 
 SIZES = [(0, 5), (1, 1), (3, 1), (2, 2), (3, 15), (3, 16), (3, 17), (5, 31), (5, 33), (3, 1023),
@@ -213,6 +213,18 @@ def test_same_bits_on_every_repeat(backend):
     )
     first, _, again = run(logits), run(other), run(logits)
     assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_from_any_number_of_threads(monkeypatch, dtype):
+    require("cpu")
+    logits, ids = case(7, 3000, 5, dtype)
+    run = lambda: with_gradient(ops.token_logps, logits, ids, torch.ones(2, 7), backend="cpu")  # noqa: E731
+    alone = run()
+    monkeypatch.setattr(dispatch, "PARALLEL", 1)
+    for threads in (2, 3, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert all(map(torch.equal, alone, run()))
 
 
 @pytest.mark.parametrize("wanted", ["logps", "entropy"])

@@ -12,6 +12,7 @@ import pytest
 import test_ops_advantages
 import test_ops_attention
 import test_ops_comparison
+import test_ops_decoder
 import test_ops_fusion
 import test_ops_grouped
 import test_ops_logprobs
@@ -76,6 +77,8 @@ SUITES = {
     "attention_fusion": (test_ops_fusion.test_agrees_with_float64, DTYPES, (False, True)),
     "rotary_attention": (test_ops_attention.test_agrees_with_float64, test_ops_attention.SHAPES,
                          (False, True)),
+    "decoder_layer": (test_ops_decoder.test_agrees_with_float64, test_ops_decoder.SHAPES, (False, True),
+                      (False, True)),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..models.llama import is_llama, is_plain
 from ..ops.attention import RotaryCache
+from ..ops.decoder import LayerWeights, PackedLayer, Product, fits
 
 # %% ../../nbs/library/07b_generate_llama.ipynb #2bfc3503
 def compute_dtype(model) -> torch.dtype:
@@ -104,36 +105,48 @@ def _normed(x: Tensor, norm) -> Tensor:  # in the precision of the weights
     return wide.to(x.dtype)
 
 
-class _Layer:
-    "One decoder layer, and the keys and values of what it has read."
+def _projections(layer) -> list:  # of query, key and value together; out, gate, up, down
+    attention, mlp = layer.self_attn, layer.mlp
+    return [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
+            (mlp.gate_proj,), (mlp.up_proj,), (mlp.down_proj,)]
 
-    cache: RotaryCache
+
+def _heads(attention) -> int:
+    return attention.q_proj.out_features // attention.head_dim
+
+
+class _WideLayer:
+    "One decoder layer, of products that take most of the time."
 
     def __init__(self, layer, dtype: torch.dtype):
-        attention, mlp = layer.self_attn, layer.mlp
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv = product_of(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype)
-        self.out, self.gate, self.up, self.down = (
-            product_of(linear, dtype=dtype) for linear in
-            (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self.scale, self.D = attention.scaling, attention.head_dim
-        self.kv_heads = attention.k_proj.out_features // self.D
-        self.heads = attention.q_proj.out_features // self.D
+        self.qkv, self.out, self.gate, self.up, self.down = (
+            product_of(*linears, dtype=dtype) for linears in _projections(layer))
+        self.heads, self.scale = _heads(layer.self_attn), layer.self_attn.scaling
 
-    def make_room(self, B: int, room: int):
-        self.cache = RotaryCache(B, self.kv_heads, self.D, room)
-
-    def __call__(self, x: Tensor, shape, rotary, mask: Tensor | None) -> Tensor:  # (B×n, W)
-        qkv = self.qkv(_normed(x, self.norms[0])).view(*shape, -1, self.D)
-        attended = self.cache.attend(qkv, *rotary, heads=self.heads, scale=self.scale, mask=mask)
-        x = self.out.combine(attended.flatten(2).flatten(0, 1).to(x.dtype), "add", x)
+    def __call__(self, x: Tensor, cos, sin, cache: RotaryCache, mask: Tensor | None) -> Tensor:
+        shape, x = x.shape, x.flatten(0, 1)
+        qkv = self.qkv(_normed(x, self.norms[0])).view(*shape[:2], -1, cos.shape[2])
+        read = cache.attend(qkv, cos, sin, heads=self.heads, scale=self.scale, mask=mask)
+        x = self.out.combine(read.flatten(2).flatten(0, 1).to(x.dtype), "add", x)
         read = _normed(x, self.norms[1])
         return self.down.combine(self.up.combine(read, "mul", self.gate(read, "swish")),
-                                 "add", x)
+                                 "add", x).view(shape)
+
+# %% ../../nbs/library/07b_generate_llama.ipynb #69b3cdba
+def _layer(layer, dtype: torch.dtype) -> _WideLayer | PackedLayer:
+    attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
+    qkv, out, gate, up, down = (
+        Product(*_side_by_side(linears, dtype)) for linears in _projections(layer))
+    weights = LayerWeights([norm.weight.detach() for norm in norms], norms[0].variance_epsilon,
+                           qkv, out, gate, up, down, _heads(attention), attention.scaling)
+    return PackedLayer(weights) if fits(weights, attention.head_dim) else _WideLayer(layer, dtype)
 
 # %% ../../nbs/library/07b_generate_llama.ipynb #e583971a
 class LlamaReader:
     "Reads a growing batch through the layers of a Llama, without gradients."
+
+    caches: list[RotaryCache]  # one a layer
 
     def __init__(
         self,
@@ -142,7 +155,7 @@ class LlamaReader:
         room: int,  # tokens that it can read
     ):
         self.body, self.dtype, self.room = body, dtype, room
-        self.layers = [_Layer(layer, dtype) for layer in body.layers]
+        self.layers = [_layer(layer, dtype) for layer in body.layers]
         self.filled = 0
 
     def __call__(
@@ -153,18 +166,21 @@ class LlamaReader:
         with torch.autocast("cpu", enabled=False):
             x = self.body.embed_tokens(read) if read.ndim == 2 else read.to(self.dtype)
             if not self.filled:
-                for layer in self.layers:
-                    layer.make_room(len(x), self.room)
-            shape = x.shape
-            self.filled += shape[1]
-            rotary, x = self._rotary(x, attention_mask), x.flatten(0, 1)
-            for layer in self.layers:
-                x = layer(x, shape[:2], rotary, attention_mask)
-            return self.body.norm(x.view(shape)).to(self.dtype)
+                self._make_room(len(x))
+            self.filled += x.shape[1]
+            cos, sin = self._rotary(x, attention_mask)
+            for layer, cache in zip(self.layers, self.caches, strict=True):
+                x = layer(x, cos, sin, cache, attention_mask)
+            return self.body.norm(x).to(self.dtype)
 
     def select(self, rows: Tensor):  # row numbers, repeated or left out
-        for layer in self.layers:
-            layer.cache.select(rows)
+        for cache in self.caches:
+            cache.select(rows)
+
+    def _make_room(self, B: int):
+        attention = [layer.self_attn for layer in self.body.layers]
+        self.caches = [RotaryCache(B, each.k_proj.out_features // each.head_dim, each.head_dim,
+                                   self.room) for each in attention]
 
     def _rotary(self, x: Tensor, attention_mask: Tensor | None):  # (B or 1, n, D) each
         positions = torch.arange(self.filled)[None] if attention_mask is None else \

@@ -1,9 +1,8 @@
 // Causal attention of rotated queries over rotated keys, for rows of a few dozen tokens.
 //
-// Each key-value head of each row is done by itself, in the first cache. Its turned keys are
-// copied as columns, so that the scores of a query are sums of whole vectors, and its values lie as
-// rows, so that their average is one too. A single query reads the keys as rows, where they lie.
-// The backward pass finds the scores again from the same input.
+// Each key-value head of each row is done by itself, in the first cache. Its turned keys lie as
+// columns, so that the scores of a query are sums of whole vectors, and its values as rows, so that
+// their average is one too. The backward pass finds the scores again from the same input.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -76,36 +75,23 @@ void products(const float* row, const float* columns, std::int64_t room, std::in
   }
 }
 
-// products[j] = row . rows[j], which is ahead where each of the rows is read once. Rows are `step`
-// apart, here and below.
-void products_with_rows(const float* row, const float* rows, std::int64_t step, std::int64_t count,
-                        std::int64_t D, float* products) {
-  for (std::int64_t j = 0; j < count; j += kColumns) {
-    Vector sums[kColumns] = {};
-    for (std::int64_t d = 0; d < D; d += kVector) {
-      Vector part, other;
-      load(row + d, part);
-      for (int k = 0; k < kColumns; ++k) {
-        load(rows + (j + k) * step + d, other);
-        sums[k] += part * other;
-      }
-    }
-    for (int k = 0; k < kColumns; ++k) products[j + k] = total(sums[k]);
-  }
-}
-
-// out = sum over j of factors[j] rows[j]; `count` is a multiple of kVector.
-void combine(const float* factors, const float* rows, std::int64_t step, std::int64_t count,
-             std::int64_t D, float* out) {
+// out = scale times the sum over j of factors[j] rows[j].
+void combine(const float* factors, const float* rows, std::int64_t count, std::int64_t D,
+             float scale, float* out) {
+  constexpr int kSums = 4;
   for (std::int64_t d = 0; d < D; d += kVector) {
-    Vector sums[4] = {};
-    for (std::int64_t j = 0; j < count; j += 4)
-      for (int k = 0; k < 4; ++k) {
-        Vector row;
-        load(rows + (j + k) * step + d, row);
+    Vector sums[kSums] = {}, row;
+    std::int64_t j = 0;
+    for (; j + kSums <= count; j += kSums)
+      for (int k = 0; k < kSums; ++k) {
+        load(rows + (j + k) * D + d, row);
         sums[k] += factors[j + k] * row;
       }
-    store((sums[0] + sums[1]) + (sums[2] + sums[3]), out + d);
+    for (; j < count; ++j) {
+      load(rows + j * D + d, row);
+      sums[0] += factors[j] * row;
+    }
+    store(((sums[0] + sums[1]) + (sums[2] + sums[3])) * scale, out + d);
   }
 }
 
@@ -127,16 +113,19 @@ void add_outer(const float* factors, const float* row, std::int64_t count, std::
 // What one head works with.
 struct Head {
   std::int64_t room;                          // tokens
-  std::vector<float> keys, values;            // (room, D) turned, and (room, D)
-  std::vector<float> key_columns;             // (D, room)
-  std::vector<float> query, scores;           // (D,) turned, and (room,)
-  std::vector<float> value_columns, grad_keys, grad_values, slopes, grad;  // backward
+  std::vector<float> key_columns, values;     // (D, room) turned, and (room, D)
+  std::vector<float> turned, scores;          // (D,), and (room,)
+  std::vector<float> keys, value_columns, grad_keys, grad_values, slopes, grad;  // backward
 
   explicit Head(const Arguments& x)
-      : room(whole(x.start + x.n)), keys(room * x.D), values(room * x.D), key_columns(x.D * room),
-        query(x.D), scores(room) {}
+      : room(x.keys ? x.room : whole(x.n)), turned(x.D), scores(room) {
+    if (x.keys) return;
+    key_columns.resize(x.D * room);
+    values.resize(room * x.D);
+  }
 
   void for_backward(std::int64_t D) {
+    keys.resize(room * D);
     value_columns.resize(D * room);
     grad_keys.resize(room * D);
     grad_values.resize(room * D);
@@ -145,10 +134,10 @@ struct Head {
   }
 };
 
-void as_columns(const float* rows, std::int64_t step, std::int64_t count, std::int64_t D,
-                std::int64_t room, float* columns) {
+void as_columns(const float* rows, std::int64_t count, std::int64_t D, std::int64_t room,
+                float* columns) {
   for (std::int64_t j = 0; j < count; ++j)
-    for (std::int64_t d = 0; d < D; ++d) columns[d * room + j] = rows[j * step + d];
+    for (std::int64_t d = 0; d < D; ++d) columns[d * room + j] = rows[j * D + d];
 }
 
 // Products become scores of what the query may see, -inf elsewhere; `count` of them.
@@ -185,36 +174,32 @@ float added(const float* x, std::int64_t count) {
 }
 
 // Turns the new keys and copies the new values.
-void take_in(const Arguments& x, std::int64_t b, std::int64_t g, float* keys, float* values,
-             std::int64_t step) {
+void take_in(const Arguments& x, std::int64_t b, std::int64_t g, float* key_columns, float* values,
+             Head& s) {
   for (std::int64_t i = 0; i < x.n; ++i) {
     const std::int64_t token = b * x.n + i, j = x.start + i;
-    turn(x, head_of(x, x.qkv, token, x.H + g), b, i, false, keys + j * step);
-    std::copy_n(head_of(x, x.qkv, token, x.H + x.G + g), x.D, values + j * step);
+    turn(x, head_of(x, x.qkv, token, x.H + g), b, i, false, s.turned.data());
+    as_columns(s.turned.data(), 1, x.D, s.room, key_columns + j);
+    std::copy_n(head_of(x, x.qkv, token, x.H + x.G + g), x.D, values + j * x.D);
   }
 }
 
 void forward_head(const Arguments& x, std::int64_t b, std::int64_t g, Head& s) {
-  const std::int64_t place = (b * x.room * x.G + g) * x.D, group = x.H / x.G;
-  const std::int64_t step = x.keys ? x.G * x.D : x.D;
-  float* keys = x.keys ? x.keys + place : s.keys.data();
+  const std::int64_t place = (b * x.G + g) * x.room * x.D, group = x.H / x.G;
+  float* key_columns = x.keys ? x.keys + place : s.key_columns.data();
   float* values = x.keys ? x.values + place : s.values.data();
   float* weights = s.scores.data();
-  take_in(x, b, g, keys, values, step);
-  if (x.n > 1) as_columns(keys, step, x.start + x.n, x.D, s.room, s.key_columns.data());
+  take_in(x, b, g, key_columns, values, s);
   for (std::int64_t i = 0; i < x.n; ++i) {
     const std::int64_t token = b * x.n + i, seen = x.start + i + 1, count = whole(seen);
     for (std::int64_t h = g * group; h < (g + 1) * group; ++h) {
-      turn(x, head_of(x, x.qkv, token, h), b, i, false, s.query.data());
-      if (x.n > 1) products(s.query.data(), s.key_columns.data(), s.room, x.D, count, weights);
-      else products_with_rows(s.query.data(), keys, step, count, x.D, weights);
+      turn(x, head_of(x, x.qkv, token, h), b, i, false, s.turned.data());
+      products(s.turned.data(), key_columns, s.room, x.D, count, weights);
       score(x, b, seen, count, weights);
       const float top = largest(weights, count), base = top > -kInf ? top : 0.0f;
       for (std::int64_t j = 0; j < count; ++j) weights[j] = exp_negative(weights[j] - base);
       const float all = added(weights, count), share = all > 0.0f ? 1.0f / all : 0.0f;
-      float* out = x.out + (token * x.H + h) * x.D;
-      combine(weights, values, step, count, x.D, out);
-      for (std::int64_t d = 0; d < x.D; ++d) out[d] *= share;  // saw nothing: zeros
+      combine(weights, values, seen, x.D, share, x.out + (token * x.H + h) * x.D);  // or zeros
       if (x.log_sum) x.log_sum[token * x.H + h] = all > 0.0f ? top + std::log(all) : kInf;
     }
   }
@@ -223,9 +208,9 @@ void forward_head(const Arguments& x, std::int64_t b, std::int64_t g, Head& s) {
 void backward_head(const Arguments& x, const float* grad_out, float* grad_qkv, std::int64_t b,
                    std::int64_t g, Head& s) {
   const std::int64_t group = x.H / x.G;
-  take_in(x, b, g, s.keys.data(), s.values.data(), x.D);
-  as_columns(s.keys.data(), x.D, x.n, x.D, s.room, s.key_columns.data());
-  as_columns(s.values.data(), x.D, x.n, x.D, s.room, s.value_columns.data());
+  take_in(x, b, g, s.key_columns.data(), s.values.data(), s);
+  as_columns(s.key_columns.data(), x.D, s.room, x.D, s.keys.data());
+  as_columns(s.values.data(), x.n, x.D, s.room, s.value_columns.data());
   std::fill(s.grad_keys.begin(), s.grad_keys.end(), 0.0f);
   std::fill(s.grad_values.begin(), s.grad_values.end(), 0.0f);
   float* weights = s.scores.data();
@@ -233,8 +218,8 @@ void backward_head(const Arguments& x, const float* grad_out, float* grad_qkv, s
     const std::int64_t token = b * x.n + i, seen = i + 1, count = whole(seen);
     for (std::int64_t h = g * group; h < (g + 1) * group; ++h) {
       const std::int64_t at = token * x.H + h;
-      turn(x, head_of(x, x.qkv, token, h), b, i, false, s.query.data());
-      products(s.query.data(), s.key_columns.data(), s.room, x.D, count, weights);
+      turn(x, head_of(x, x.qkv, token, h), b, i, false, s.turned.data());
+      products(s.turned.data(), s.key_columns.data(), s.room, x.D, count, weights);
       score(x, b, seen, count, weights);
       products(grad_out + at * x.D, s.value_columns.data(), s.room, x.D, count, s.slopes.data());
       for (std::int64_t j = 0; j < count; ++j) {
@@ -244,10 +229,10 @@ void backward_head(const Arguments& x, const float* grad_out, float* grad_qkv, s
       const float mean = added(s.slopes.data(), count);
       for (std::int64_t j = 0; j < count; ++j)
         s.slopes[j] = x.scale * (s.slopes[j] - mean * weights[j]);
-      combine(s.slopes.data(), s.keys.data(), x.D, count, x.D, s.grad.data());
+      combine(s.slopes.data(), s.keys.data(), seen, x.D, 1.0f, s.grad.data());
       turn(x, s.grad.data(), b, i, true,
            grad_qkv + (token * (x.H + 2 * x.G) + h) * x.D);
-      add_outer(s.slopes.data(), s.query.data(), seen, x.D, s.grad_keys.data());
+      add_outer(s.slopes.data(), s.turned.data(), seen, x.D, s.grad_keys.data());
       add_outer(weights, grad_out + at * x.D, seen, x.D, s.grad_values.data());
     }
   }

@@ -74,25 +74,26 @@ TokenLogpsArguments token_arguments(std::uintptr_t logits, bool bfloat16, std::i
 void bound_token_logps(std::uintptr_t logits, bool bfloat16, std::int64_t stride,
                        std::uintptr_t ids, float temperature, std::uintptr_t logps,
                        std::uintptr_t entropy, std::uintptr_t top, std::uintptr_t log_sum,
-                       std::int64_t N, std::int64_t V) {
+                       std::int64_t N, std::int64_t V, int threads) {
   token_logps(token_arguments(logits, bfloat16, stride, ids, temperature, logps, entropy, top,
-                              log_sum, N, V));
+                              log_sum, N, V),
+              threads);
 }
 
 void bound_token_logps_backward(std::uintptr_t grad_logps, std::uintptr_t grad_entropy,
                                 std::uintptr_t logits, bool bfloat16, std::int64_t stride,
                                 std::uintptr_t ids, float temperature, std::uintptr_t entropy,
                                 std::uintptr_t top, std::uintptr_t log_sum, std::int64_t N,
-                                std::int64_t V, std::uintptr_t grad) {
+                                std::int64_t V, std::uintptr_t grad, int threads) {
   token_logps_backward(token_arguments(logits, bfloat16, stride, ids, temperature, 0, entropy,
                                        top, log_sum, N, V),
                        at<const float>(grad_logps), at<const float>(grad_entropy),
-                       at<void>(grad));
+                       at<void>(grad), threads);
 }
 
 void bound_sample_tokens(std::uintptr_t logits, bool bfloat16, std::int64_t stride,
                          std::uintptr_t uniforms, float temperature, std::uintptr_t ids,
-                         std::uintptr_t logps, std::int64_t N, std::int64_t V) {
+                         std::uintptr_t logps, std::int64_t N, std::int64_t V, int threads) {
   require_sizes(N, V);
   if (N > 0) {
     if (V == 0) throw std::invalid_argument("V must be positive");
@@ -103,7 +104,8 @@ void bound_sample_tokens(std::uintptr_t logits, bool bfloat16, std::int64_t stri
   }
   sample_tokens({at<const void>(logits), bfloat16 ? Dtype::bfloat16 : Dtype::float32, stride,
                  at<const float>(uniforms), temperature, at<std::int64_t>(ids),
-                 at<float>(logps), N, V});
+                 at<float>(logps), N, V},
+                threads);
 }
 
 void bound_policy_loss(std::uintptr_t logps, std::uintptr_t old_logps, std::uintptr_t advantages,
@@ -174,13 +176,25 @@ RotaryAttentionArguments rotary_arguments(std::uintptr_t qkv, std::uintptr_t cos
   if (H <= 0 || G <= 0 || H % G || D <= 0 || D % 16 || D > 256)
     throw std::invalid_argument("G must divide H, and 16 D up to 256");
   if (B > 0 && n > 0) {
-    require(qkv, "qkv");
     require(cos, "cos");
     require(sin, "sin");
   }
   return {at<const float>(qkv), at<const float>(cos), at<const float>(sin),
           rotary_per_row ? n * D : 0, at<const std::uint8_t>(mask), nullptr, nullptr, 0, nullptr,
           nullptr, scale, B, n, 0, H, G, D};
+}
+
+// Of what was read before, and of the tokens to come.
+void remember(std::uintptr_t keys, std::uintptr_t values, std::int64_t room, std::int64_t start,
+              RotaryAttentionArguments& x) {
+  require_sizes(room, start);
+  const bool fits = keys ? room % 16 == 0 && start + x.n <= room : start == 0;
+  if (x.B > 0 && (!keys != !values || !fits))
+    throw std::invalid_argument("keys and values must hold start + n of room, in whole vectors");
+  x.keys = at<float>(keys);
+  x.values = at<float>(values);
+  x.room = room;
+  x.start = start;
 }
 
 void bound_rotary_attention(std::uintptr_t qkv, std::uintptr_t cos, std::uintptr_t sin,
@@ -190,14 +204,11 @@ void bound_rotary_attention(std::uintptr_t qkv, std::uintptr_t cos, std::uintptr
                             std::int64_t room, std::int64_t start, std::uintptr_t out,
                             std::uintptr_t log_sum, int threads) {
   auto x = rotary_arguments(qkv, cos, sin, rotary_per_row, mask, scale, B, n, H, G, D);
-  require_sizes(room, start);
-  if (!keys != !values || (keys ? room % 16 || start + n > room : start))
-    throw std::invalid_argument("keys and values must hold start + n of room, in whole vectors");
-  if (B > 0 && n > 0) require(out, "out");
-  x.keys = at<float>(keys);
-  x.values = at<float>(values);
-  x.room = room;
-  x.start = start;
+  remember(keys, values, room, start, x);
+  if (B > 0 && n > 0) {
+    require(qkv, "qkv");
+    require(out, "out");
+  }
   x.out = at<float>(out);
   x.log_sum = at<float>(log_sum);
   rotary_attention(x, threads);
@@ -211,12 +222,33 @@ void bound_rotary_attention_backward(std::uintptr_t qkv, std::uintptr_t cos, std
                                      int threads) {
   auto x = rotary_arguments(qkv, cos, sin, rotary_per_row, mask, scale, B, n, H, G, D);
   if (B > 0 && n > 0) {
+    require(qkv, "qkv");
     require(log_sum, "log_sum");
     require(grad_out, "grad_out");
     require(grad_qkv, "grad_qkv");
   }
   x.log_sum = at<float>(log_sum);
   rotary_attention_backward(x, at<const float>(grad_out), at<float>(grad_qkv), threads);
+}
+
+void bound_decoder_layer(std::uintptr_t x, std::uintptr_t weights, float eps, std::int64_t W,
+                         std::int64_t F, std::uintptr_t cos, std::uintptr_t sin,
+                         bool rotary_per_row, std::uintptr_t mask, float scale, std::int64_t B,
+                         std::int64_t n, std::int64_t H, std::int64_t G, std::int64_t D,
+                         std::uintptr_t keys, std::uintptr_t values, std::int64_t room,
+                         std::int64_t start, std::uintptr_t y, int threads) {
+  auto attention = rotary_arguments(0, cos, sin, rotary_per_row, mask, scale, B, n, H, G, D);
+  remember(keys, values, room, start, attention);
+  if (W <= 0 || W % 16 || F <= 0 || F % 16)
+    throw std::invalid_argument("W and F must be multiples of 16");
+  if (B > 0 && n > 0) {
+    require(x, "x");
+    require(weights, "weights");
+    require(keys, "keys");
+    require(y, "y");
+  }
+  decoder_layer({at<const float>(x), at<const float>(weights), at<float>(y), eps, W, F, attention},
+                threads);
 }
 
 }  // namespace
@@ -237,4 +269,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("attention_fusion_backward", &bound_fusion_backward, no_gil);
   m.def("rotary_attention", &bound_rotary_attention, no_gil);
   m.def("rotary_attention_backward", &bound_rotary_attention_backward, no_gil);
+  m.def("decoder_layer", &bound_decoder_layer, no_gil);
 }

@@ -45,11 +45,11 @@ struct TokenLogpsArguments {
   std::int64_t V;
 };
 
-void token_logps(const TokenLogpsArguments& args);
+void token_logps(const TokenLogpsArguments& args, int threads);
 
 // From what the forward pass kept; `grad` is (N, V) without gaps, in the dtype of `logits`.
 void token_logps_backward(const TokenLogpsArguments& kept, const float* grad_logps,
-                          const float* grad_entropy, void* grad);
+                          const float* grad_entropy, void* grad, int threads);
 
 // (N, V) logits whose rows are `stride` elements apart, and (N,) of everything else.
 struct SampleTokensArguments {
@@ -64,7 +64,7 @@ struct SampleTokensArguments {
   std::int64_t V;
 };
 
-void sample_tokens(const SampleTokensArguments& args);
+void sample_tokens(const SampleTokensArguments& args, int threads);
 
 enum class Kl { k1, k2, k3 };
 
@@ -112,8 +112,8 @@ struct RotaryAttentionArguments {
   const float* sin;
   std::int64_t rotary_stride;
   const std::uint8_t* mask;  // (B, start + n) 1 = may be seen; null: all may
-  float* keys;               // (B, room, G, D) turned, of the tokens before; gets the new ones
-  float* values;             // (B, room, G, D), finite. Both null: nothing was before
+  float* keys;               // (B, G, D, room) turned, of the tokens before; gets the new ones
+  float* values;             // (B, G, room, D). Both null: nothing was before
   std::int64_t room;         // a multiple of 16
   float* out;                // (B, n, H, D)
   float* log_sum;            // (B, n, H) log sum e^score; inf: saw nothing. Null: not wanted
@@ -131,5 +131,17 @@ void rotary_attention(const RotaryAttentionArguments& args, int threads);
 // Of tokens that nothing was before; `grad_qkv` is like `qkv`.
 void rotary_attention_backward(const RotaryAttentionArguments& kept, const float* grad_out,
                                float* grad_qkv, int threads);
+
+struct DecoderLayerArguments {
+  const float* x;        // (B, n, W)
+  const float* weights;  // norm (W), products qkv and out, norm (W), products gate, up and down
+  float* y;              // (B, n, W)
+  float eps;             // of both norms
+  std::int64_t W;        // a multiple of 16
+  std::int64_t F;        // width of the MLP, a multiple of 16
+  RotaryAttentionArguments attention;  // with keys and values; without qkv and out
+};
+
+void decoder_layer(const DecoderLayerArguments& args, int threads);
 
 }  // namespace alignkit

@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "softmax.h"
+#include "threads.h"
 #include "wide.h"
 
 namespace alignkit {
@@ -124,23 +125,36 @@ void backward_row(const TokenLogpsArguments& x, float grad_logp, float grad_entr
   narrow((grad_logp * (1.0f - p) - grad_entropy * p * surprise) * inverse, grad[id]);
 }
 
-}  // namespace
-
-ALIGNKIT_WIDE void token_logps(const TokenLogpsArguments& x) {
-  for (std::int64_t row = 0; row < x.N; ++row) {
+ALIGNKIT_WIDE void forward_rows(const TokenLogpsArguments& x, std::int64_t begin,
+                                std::int64_t end) {
+  for (std::int64_t row = begin; row < end; ++row) {
     if (x.dtype == Dtype::float32) forward_row<float>(x, row);
     else forward_row<bfloat16>(x, row);
   }
 }
 
-ALIGNKIT_WIDE void token_logps_backward(const TokenLogpsArguments& x, const float* grad_logps,
-                          const float* grad_entropy, void* grad) {
-  for (std::int64_t row = 0; row < x.N; ++row) {
+ALIGNKIT_WIDE void backward_rows(const TokenLogpsArguments& x, const float* grad_logps,
+                                 const float* grad_entropy, void* grad, std::int64_t begin,
+                                 std::int64_t end) {
+  for (std::int64_t row = begin; row < end; ++row) {
     if (x.dtype == Dtype::float32)
       backward_row(x, grad_logps[row], grad_entropy[row], row, static_cast<float*>(grad));
     else
       backward_row(x, grad_logps[row], grad_entropy[row], row, static_cast<bfloat16*>(grad));
   }
+}
+
+}  // namespace
+
+void token_logps(const TokenLogpsArguments& x, int threads) {
+  in_threads(x.N, threads, [&](auto begin, auto end) { forward_rows(x, begin, end); });
+}
+
+void token_logps_backward(const TokenLogpsArguments& x, const float* grad_logps,
+                          const float* grad_entropy, void* grad, int threads) {
+  in_threads(x.N, threads, [&](auto begin, auto end) {
+    backward_rows(x, grad_logps, grad_entropy, grad, begin, end);
+  });
 }
 
 }  // namespace alignkit

@@ -9,6 +9,7 @@
 
 #include "kernels.h"
 #include "softmax.h"
+#include "threads.h"
 #include "wide.h"
 
 namespace alignkit {
@@ -83,15 +84,20 @@ void sample_row(const SampleTokensArguments& x, std::int64_t row, std::vector<Ch
   x.logps[row] = static_cast<float>(d - std::log(total));
 }
 
-}  // namespace
-
-ALIGNKIT_WIDE void sample_tokens(const SampleTokensArguments& x) {
+ALIGNKIT_WIDE void sample_rows(const SampleTokensArguments& x, std::int64_t begin,
+                               std::int64_t end) {
   std::vector<Chunk> chunks;
   chunks.reserve(static_cast<std::size_t>(x.V / kChunk + 1));
-  for (std::int64_t row = 0; row < x.N; ++row) {
+  for (std::int64_t row = begin; row < end; ++row) {
     if (x.dtype == Dtype::float32) sample_row<float>(x, row, chunks);
     else sample_row<bfloat16>(x, row, chunks);
   }
+}
+
+}  // namespace
+
+void sample_tokens(const SampleTokensArguments& x, int threads) {
+  in_threads(x.N, threads, [&](auto begin, auto end) { sample_rows(x, begin, end); });
 }
 
 }  // namespace alignkit

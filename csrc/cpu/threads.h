@@ -1,22 +1,29 @@
-// Rows shared out among threads that end with the call.
+// Rows shared out among threads.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <thread>
-#include <vector>
 
 namespace alignkit {
+
+// Calls part(context, i) for each i below `shares`, side by side.
+void side_by_side(int shares, void (*part)(void* context, int i), void* context);
 
 // Shares out rows, of which each is the same whoever does it.
 template <class Rows>
 void in_threads(std::int64_t B, int threads, const Rows& rows) {
-  const std::int64_t shares = std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(B, 1));
-  std::vector<std::thread> others;
-  for (std::int64_t i = 1; i < shares; ++i)
-    others.emplace_back([&, i] { rows(B * i / shares, B * (i + 1) / shares); });
-  rows(0, B / shares);
-  for (auto& other : others) other.join();
+  struct Shares {
+    std::int64_t B;
+    int count;
+    const Rows& rows;
+  };
+  const auto most = std::max<std::int64_t>(B, 1);
+  Shares shares{B, static_cast<int>(std::clamp<std::int64_t>(threads, 1, most)), rows};
+  const auto part = [](void* context, int i) {
+    const Shares& x = *static_cast<Shares*>(context);
+    x.rows(x.B * i / x.count, x.B * (i + 1) / x.count);
+  };
+  side_by_side(shares.count, part, &shares);
 }
 
 }  // namespace alignkit
