@@ -115,18 +115,21 @@ class _Decoder:
         return ids.gather(1, place + shared * left)
 
     def remember(self, ids: Tensor, known: Sequence[Tensor]) -> Tensor:  # (B, P) -> (B, n)
-        "Takes over keys and values (L, 2, k, G, D) of each row's start; what is left, padded."
-        reader, k, left = self.upper, [x.shape[2] for x in known], _unread(self.mask, known)
+        "Takes over keys and values (L, 2, G, k, D) of each row's start; what is left, padded."
+        reader, k, left = self.upper, [x.shape[3] for x in known], _unread(self.mask, known)
         assert isinstance(reader, LlamaReader)
         start, known_tokens = max(k), torch.tensor(k)[:, None]
         left_tokens = self.mask.sum(1, keepdim=True) - known_tokens
         reader.room += start + left - ids.shape[1]
         reader.filled = start
-        for i, layer in enumerate(reader.layers):
-            layer.make_room(len(ids), reader.room)
-            layer.cache.filled = start
+        reader._make_room(len(ids))
+        for i, cache in enumerate(reader.caches):
+            cache.filled = start
             for row, states in enumerate(known):
-                layer.cache.both[:, row, start - k[row] : start] = states[i]
+                before = start - k[row]
+                cache.key_columns[row, :, :, :before] = cache.values[row, :, :before] = 0
+                cache.key_columns[row, :, :, before:start] = states[i, 0].mT
+                cache.values[row, :, before:start] = states[i, 1]
         self.mask = torch.cat([torch.arange(start) >= start - known_tokens,
                                torch.arange(left) >= left - left_tokens], 1)
         self.padded = not bool(self.mask.all())
@@ -253,7 +256,7 @@ class Memory:
         self,
         texts: int,  # at most
     ):
-        # of each: ids (k,), how many were the prompt, keys and values (L, 2, k, G, D)
+        # of each: ids (k,), how many were the prompt, keys and values (L, 2, G, k, D)
         self.texts: deque[tuple[Tensor, int, Tensor]] = deque(maxlen=texts)
         self.weights: list = []
 
@@ -266,8 +269,8 @@ class Memory:
         if not self.texts:
             return []
         found = [self._longest(row[real]) for row, real in zip(ids, mask, strict=True)]
-        nothing = self.texts[0][2][:, :, :0]
-        known = [nothing if i is None else self.texts[i][2][:, :, :k] for k, i in found]
+        nothing = self.texts[0][2][:, :, :, :0]
+        known = [nothing if i is None else self.texts[i][2][:, :, :, :k] for k, i in found]
         for i in sorted({i for _, i in found if i is not None}, reverse=True):
             del self.texts[i]
         return known
@@ -286,18 +289,18 @@ class Memory:
         if not decoder.lean:
             return
         filled = decoder.upper.filled
-        states = [layer.cache.both[:, leaving, :filled] for layer in decoder.upper.layers]
-        for j, (row, real) in enumerate(zip(rows[leaving].tolist(), decoder.mask[leaving, :filled],
-                                            strict=True)):
+        for j in leaving.nonzero()[:, 0].tolist():
+            row, real = rows[j], decoder.mask[j, :filled].nonzero()[:, 0]
             prompt = prompts.input_ids[row][prompts.attention_mask[row]]
-            written = text.ids[row, : int(real.sum()) - len(prompt)]
-            self.texts.append((torch.cat([prompt, written]), len(prompt),
-                               torch.stack([both[:, j, real] for both in states])))
+            written = text.ids[row, : len(real) - len(prompt)]
+            states = [torch.stack([cache.key_columns[j][..., real].mT, cache.values[j][:, real]])
+                      for cache in decoder.upper.caches]
+            self.texts.append((torch.cat([prompt, written]), len(prompt), torch.stack(states)))
 
 
-def _unread(mask: Tensor, known: Sequence[Tensor]) -> int:  # (B, P), B of (L, 2, k, G, D)
+def _unread(mask: Tensor, known: Sequence[Tensor]) -> int:  # (B, P), B of (L, 2, G, k, D)
     "How many tokens of a row are not known, at most."
-    return max(n - x.shape[2] for n, x in zip(mask.sum(1).tolist(), known, strict=True))
+    return max(n - x.shape[3] for n, x in zip(mask.sum(1).tolist(), known, strict=True))
 
 # %% ../../nbs/library/07_generate_local.ipynb #d6a0ae06
 def _different(prompts: Tokens) -> tuple[Tokens, Tensor]:  # and of each row, which of them
