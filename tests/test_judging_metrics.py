@@ -18,6 +18,7 @@ from alignkit.judging.metrics import (
     item_slopes,
     length_bias,
     majority_vote,
+    mean_figure,
     position_bias,
     position_p,
     relative_gain,
@@ -71,6 +72,24 @@ def test_intervals_are_those_of_stats():
     mean = estimate([1, 0.5, 0, 1])
     assert (mean.low, mean.high) == mean_interval([1, 0.5, 0, 1])
     assert np.isnan(estimate([]).value) and estimate([]).n == 0 and np.isnan(estimate([0.5]).low)
+
+
+def test_differences_of_0_and_1_are_no_shares():
+    gains, items = np.array([1.0, 1, 0, 1]), np.array([0, 1, 2, 3])
+    for found in (mean_figure(gains), mean_figure(gains, items)):
+        assert (found.low, found.high) == mean_interval(gains) and found.high > 1
+    assert mean_figure(gains, np.array([0, 0, 1, 1])).high > 1
+    assert mean_figure([]).n == 0 and np.isnan(mean_figure([1.0]).low)
+
+
+def test_a_figure_that_may_be_negative_is_not_bounded_by_0():
+    "Five pairs favour the first place by half or not at all; a net change of a few rights."
+    before, after, labels = np.array([1, 1, 1, 0]), np.array([0, 1, 1, 0]), np.zeros(4, int)
+    assert flips(before, after, labels).net.low < 0
+    favoured = np.array([[0, 1]] + [[0, 0]] * 4)
+    assert position_bias(favoured).low < 0
+    lengths = np.array([[9, 1]] * 5)
+    assert length_bias(np.array([[0, 0]] + [[1, 1]] * 4), lengths, np.ones(5, int)).low < 0
 
 
 def test_what_a_verdict_is_worth():

@@ -35,7 +35,7 @@ from alignkit.judging.scaling import (
 )
 from alignkit.judging.verdicts import Choice
 from alignkit.models.language import tiny_causal_lm
-from alignkit.stats import risk_coverage
+from alignkit.stats import mean_interval, risk_coverage
 
 TASK = Task("2+2?", ("four", "4"))
 
@@ -215,7 +215,7 @@ def test_two_judges_are_compared_pair_by_pair():
     "Both rise; the second only by what it answers wrongly at first."
     curve = n_curve(known_judge(), TASKS, LABELS, waits=(0, 2))
     same = slope_difference(curve, curve)
-    assert (same.value, same.low, same.high) == (0, 0, 0) or same.high < 0.1
+    assert (same.value, same.low, same.high) == (0, 0, 0)
     worse = replace(curve, verdicts=np.where(LABELS[:, None, None] == 0, curve.verdicts, 1 - curve.verdicts))
     found = slope_difference(curve, worse)
     np.testing.assert_allclose(found.value, slope(curve).value - slope(worse).value)
@@ -223,6 +223,21 @@ def test_two_judges_are_compared_pair_by_pair():
         slope_difference(curve, n_curve(known_judge(), TASKS[:9], LABELS[:9]))
     with pytest.raises(ValueError, match="per: expected 'wait' or 'token'"):
         slope(curve, "second")
+
+
+@pytest.mark.parametrize("items", [None, np.array([0, 0, 1, 1])])
+def test_slopes_and_gains_of_0_and_1_are_no_shares(items):
+    "Of four pairs three are righted by the only Wait: each slope and gain is 0 or 1."
+    verdicts = np.array([[[1, 0]] * 2] * 3 + [[[0, 0]] * 2])
+    counts = np.ones(verdicts.shape, int)
+    curve = Curve((0, 1), np.zeros(4, int), verdicts, counts, counts, counts < 0, items)
+    still = replace(curve, verdicts=verdicts * 0)
+    sums = np.array([1, 1, 1, 0]) if items is None else np.array([1, 0.5])
+    surely = certainty(np.array([[0.1]] * 3 + [[0.9]]), np.full((4, 1), 0.9), np.zeros(4, int), items)
+    for found in (slope(curve), slope_difference(curve, still), trend(curve)["gain"],
+                  flip_matrices(curve)[0].net, surely.accuracy):
+        assert (found.value, found.low, found.high) == pytest.approx((0.75, *mean_interval(sums)))
+    assert found.high > 1
 
 
 def test_pairs_that_share_a_prompt_widen_the_interval():

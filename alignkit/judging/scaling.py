@@ -32,6 +32,7 @@ from alignkit.judging.metrics import (
     flips,
     item_slopes,
     majority_vote,
+    mean_figure,
     relative_gain,
     s1_scaling,
     winners,
@@ -235,7 +236,7 @@ def slope(
     per: str = "wait", # or "token", of mean thinking
 ) -> Estimate:
     "Accuracy per wait, or per thinking token."
-    return estimate(_slopes(curve, per), curve.items)
+    return mean_figure(_slopes(curve, per), curve.items)
 
 def slope_difference(
     curve: Curve,
@@ -244,7 +245,7 @@ def slope_difference(
 ) -> Estimate: # above 0: the first rises faster
     "The difference of two slopes, pair by pair."
     _same_pairs(curve, other)
-    return estimate(_slopes(curve, per) - _slopes(other, per), curve.items)
+    return mean_figure(_slopes(curve, per) - _slopes(other, per), curve.items)
 
 def _same_pairs(curve: Curve, other: Curve):
     if not np.array_equal(curve.labels, other.labels):
@@ -264,7 +265,7 @@ def trend(curve: Curve) -> dict[str, Estimate | float]: # by the figure's name
     return {
         "slope per wait": slope(curve),
         **_per_tokens(curve),
-        "gain": estimate(last - first, curve.items),
+        "gain": mean_figure(last - first, curve.items),
         **({"relative gain": relative_gain(first, last, curve.items)} if first.any() else {}),
         "truncated at the last": estimate(curve.truncated[:, :, -1].mean(1), curve.items),
         "s1 performance": max(a.value for a in curve.accuracy),
@@ -436,7 +437,7 @@ def certainty(
     judged = [confidence(p[both], truth[both]) for p in (before, after)]
     gain, surer = np.full(before.shape, np.nan), verdict_entropy(after) - verdict_entropy(before)
     gain[both] = judged[1][1] - judged[0][1]
-    entropy, accuracy = (estimate(_mean_of_read(x, both), items) for x in (surer, gain))
+    entropy, accuracy = (mean_figure(_mean_of_read(x, both), items) for x in (surer, gain))
     return Certainty(entropy, accuracy, (calibration_error(*judged[0]), calibration_error(*judged[1])))
 
 def _mean_of_read(figures: np.ndarray, read: np.ndarray) -> np.ndarray: # (n, m) -> (n,)
