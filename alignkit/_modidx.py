@@ -160,6 +160,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'alignkit/generate/llama.py'),
                                          'alignkit.generate.llama.LlamaReader._rotary': ( 'library/generate_llama.html#llamareader._rotary',
                                                                                           'alignkit/generate/llama.py'),
+                                         'alignkit.generate.llama.LlamaReader.go_on_from': ( 'library/generate_llama.html#llamareader.go_on_from',
+                                                                                             'alignkit/generate/llama.py'),
                                          'alignkit.generate.llama.LlamaReader.select': ( 'library/generate_llama.html#llamareader.select',
                                                                                          'alignkit/generate/llama.py'),
                                          'alignkit.generate.llama.PackedLinear': ( 'library/generate_llama.html#packedlinear',

@@ -6,6 +6,8 @@
 __all__ = ['MIN_WIDTH', 'compute_dtype', 'can_pack', 'can_read', 'PackedLinear', 'PlainLinear', 'product_of', 'LlamaReader']
 
 # %% ../../nbs/library/07b_generate_llama.ipynb #86319e58
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -176,6 +178,21 @@ class LlamaReader:
     def select(self, rows: Tensor):  # row numbers, repeated or left out
         for cache in self.caches:
             cache.select(rows)
+
+    def go_on_from(
+        self,
+        known: Sequence[Tensor],  # B of (L, 2, G, k, D): keys and values of each row's start
+        room: int,  # tokens that it can read, these included
+    ):
+        "Takes over what was read before. Shorter starts get zeros on the left, to be masked."
+        self.room, self.filled = room, max(states.shape[3] for states in known)
+        self._make_room(len(known))
+        for i, cache in enumerate(self.caches):
+            cache.filled = self.filled
+            for row, states in enumerate(known):
+                before, (keys, values) = self.filled - states.shape[3], states[i]
+                cache.key_columns[row, :, :, : self.filled] = F.pad(keys.mT, (before, 0))
+                cache.values[row, :, : self.filled] = F.pad(values, (0, 0, before, 0))
 
     def _make_room(self, B: int):
         attention = [layer.self_attn for layer in self.body.layers]

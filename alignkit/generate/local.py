@@ -116,20 +116,11 @@ class _Decoder:
 
     def remember(self, ids: Tensor, known: Sequence[Tensor]) -> Tensor:  # (B, P) -> (B, n)
         "Takes over keys and values (L, 2, G, k, D) of each row's start; what is left, padded."
-        reader, k, left = self.upper, [x.shape[3] for x in known], _unread(self.mask, known)
-        assert isinstance(reader, LlamaReader)
-        start, known_tokens = max(k), torch.tensor(k)[:, None]
+        assert isinstance(self.upper, LlamaReader)
+        known_tokens = torch.tensor([x.shape[3] for x in known])[:, None]
+        start, left = int(known_tokens.max()), _unread(self.mask, known)
         left_tokens = self.mask.sum(1, keepdim=True) - known_tokens
-        reader.room += start + left - ids.shape[1]
-        reader.filled = start
-        reader._make_room(len(ids))
-        for i, cache in enumerate(reader.caches):
-            cache.filled = start
-            for row, states in enumerate(known):
-                before = start - k[row]
-                cache.key_columns[row, :, :, :before] = cache.values[row, :, :before] = 0
-                cache.key_columns[row, :, :, before:start] = states[i, 0].mT
-                cache.values[row, :, before:start] = states[i, 1]
+        self.upper.go_on_from(known, self.upper.room - ids.shape[1] + start + left)
         self.mask = torch.cat([torch.arange(start) >= start - known_tokens,
                                torch.arange(left) >= left - left_tokens], 1)
         self.padded = not bool(self.mask.all())

@@ -114,7 +114,7 @@ class LocalModel:
     ):
         self.lm, self.tokenizer, self.batch_size = lm, tokenizer, batch_size
         self.reads_by = tokenizer  # whose template and placeholders hold
-        self._memory = Memory(batch_size)
+        self._memory: Memory | None = None
         if _is_processor(tokenizer):
             if not sees_images(lm):
                 raise ValueError("lm: expected a vision-language model beside a processor, "
@@ -184,10 +184,11 @@ class LocalModel:
         return dict(zip(rows, self._read(samples, chosen), strict=True))
 
     def _remember(self, requests: Sequence[Request]) -> Memory | None:
-        if "images" not in self.can and all(request.prefix for request in requests):
-            return self._memory
-        self._memory.texts.clear()
-        return None
+        if "images" in self.can or not all(request.prefix for request in requests):
+            self._memory = None
+        elif self._memory is None:
+            self._memory = Memory(self.batch_size)
+        return self._memory
 
     def _encode(self, texts: Sequence[str], requests: Sequence[Request]):
         "Ids, mask and, where the model sees, images."

@@ -580,7 +580,8 @@ def contention(
     calls = {case.op: case.ours for case in (
         gae_case(256, 1024, "cpu"), grouped_case(4096, 16, "cpu"),
         clipped_policy_loss_case(256, 512, "cpu"),
-        token_logps_case(64, 32000, torch.float32, "cpu"))}
+        token_logps_case(64, 32000, torch.float32, "cpu"),
+        attention_fusion_case(64, 64, 16, 256, 8, False, "cpu"))}
 
     def seconds(run: Callable[[], Any], threads: int) -> float:
         with _threads(threads):

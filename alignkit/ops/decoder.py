@@ -73,7 +73,7 @@ class PackedLayer:
         weights: LayerWeights, # float32, for which `fits` holds
     ):
         w = weights
-        self.weights, self.F = w, len(w.gate.weight)
+        self.heads, self.scale, self.eps, self.F = w.heads, w.scale, w.eps, len(w.gate.weight)
         self.packed = torch.cat([
             w.norms[0], _panels(w.qkv), _panels(w.out), w.norms[1], _panels(w.gate),
             _panels(w.up), _panels(w.down)])
@@ -92,10 +92,10 @@ class PackedLayer:
         start, y = cache.filled, torch.empty_like(x)
         cache.filled += n
         dispatch.extension("cpu").decoder_layer(
-            pointer(x), pointer(self.packed), self.weights.eps, W, self.F, pointer(cos),
-            pointer(sin), len(cos) > 1, pointer(mask), self.weights.scale, B, n,
-            self.weights.heads, G, D, pointer(cache.key_columns), pointer(cache.values), room, start,
-            pointer(y), threads_for(B * n * len(self.packed)))
+            pointer(x), pointer(self.packed), self.eps, W, self.F, pointer(cos), pointer(sin),
+            len(cos) > 1, pointer(mask), self.scale, B, n, self.heads, G, D,
+            pointer(cache.key_columns), pointer(cache.values), room, start, pointer(y),
+            threads_for(B * n * len(self.packed)))
         return y
 
 # %% ../../nbs/kernels/07b_decoder.ipynb #df0dcf52

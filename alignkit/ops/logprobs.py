@@ -15,15 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import dispatch
-from alignkit.ops.dispatch import (
-    EXPONENTIAL,
-    dense,
-    pointer,
-    row_pointer,
-    rows_of,
-    threads_for,
-    wide,
-)
+from .dispatch import dense, pointer, row_pointer, rows_of, threads_for, wide
 
 # %% ../../nbs/kernels/02_logprobs.ipynb #7b8455c5
 class TokenLogps(NamedTuple):
@@ -83,7 +75,7 @@ def _backward_by_reference(grad_logps, grad_entropy, logits, ids, entropy, top, 
 def _on_cpu(logits, ids, temperature, *outputs):
     dispatch.extension("cpu").token_logps(
         *row_pointer(logits), pointer(ids), temperature, *map(pointer, outputs),
-        *logits.shape, threads_for(EXPONENTIAL * logits.numel()))
+        *logits.shape, threads_for(dispatch.EXPONENTIAL * logits.numel()))
 
 def _on_triton(logits, *args):
     kernels = dispatch.extension("triton.logprobs")
@@ -105,7 +97,7 @@ def _backward_on_cpu(grad_logps, grad_entropy, logits, ids, entropy, top, log_su
     dispatch.extension("cpu").token_logps_backward(
         pointer(grad_logps), pointer(grad_entropy), *row_pointer(logits), pointer(ids),
         temperature, pointer(entropy), pointer(top), pointer(log_sum), *logits.shape,
-        pointer(grad), threads_for(EXPONENTIAL * logits.numel()))
+        pointer(grad), threads_for(dispatch.EXPONENTIAL * logits.numel()))
 
 def _backward_on_triton(*args):
     kernels = dispatch.extension("triton.logprobs")

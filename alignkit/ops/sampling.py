@@ -10,15 +10,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from alignkit.ops.dispatch import (
-    EXPONENTIAL,
-    dense,
-    pointer,
-    row_pointer,
-    rows_of,
-    threads_for,
-    wide,
-)
+from .dispatch import dense, pointer, row_pointer, rows_of, threads_for, wide
 
 # %% ../../nbs/kernels/03_sampling.ipynb #fb16d819
 def sample_tokens_reference(
@@ -41,7 +33,7 @@ def sample_tokens_reference(
 def _on_cpu(logits, uniforms, temperature, ids, logps):
     dispatch.extension("cpu").sample_tokens(
         *row_pointer(logits), pointer(uniforms), temperature, pointer(ids), pointer(logps),
-        *logits.shape, threads_for(EXPONENTIAL * logits.numel()))
+        *logits.shape, threads_for(dispatch.EXPONENTIAL * logits.numel()))
 
 def _on_triton(logits, *args):
     kernels = dispatch.extension("triton.sampling")

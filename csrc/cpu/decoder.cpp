@@ -1,8 +1,8 @@
 // A decoder layer of Llama's architecture, with weights so narrow that they stay in the cache.
 //
-// Some rows at a time go through the whole layer, so that nothing they become is written to
-// memory. A product's weights lie in panels of one vector of outputs: the bias, then what each
-// input adds. Each output is summed in the order of its inputs, whichever rows come with it.
+// Some rows at a time go through the whole layer, so that what they become stays in the cache. A
+// product's weights lie in panels of one vector of outputs: the bias, then what each input adds.
+// Each output is summed in the order of its inputs, whichever rows come with it.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -87,17 +87,17 @@ void open(float* __restrict gate, const float* __restrict up, std::int64_t count
   }
 }
 
-struct Room {
+struct Scratch {
   std::vector<float> normed, qkv, attended, gate, up;
 
-  Room(const Arguments& x, std::int64_t rows)
+  Scratch(const Arguments& x, std::int64_t rows)
       : normed(rows * x.W), qkv(rows * (x.attention.H + 2 * x.attention.G) * x.attention.D),
         attended(rows * x.attention.H * x.attention.D), gate(rows * x.F), up(rows * x.F) {}
 };
 
 // What `sequences` from the b-th on are to the attention.
 RotaryAttentionArguments attention_of(const Arguments& x, std::int64_t b, std::int64_t sequences,
-                                      Room& s) {
+                                      Scratch& s) {
   RotaryAttentionArguments a = x.attention;
   const std::int64_t place = b * a.room * a.G * a.D;
   a.qkv = s.qkv.data();
@@ -113,7 +113,7 @@ RotaryAttentionArguments attention_of(const Arguments& x, std::int64_t b, std::i
 
 // Does sequences [b, b + sequences).
 template <int R>
-void layer(const Arguments& x, std::int64_t b, std::int64_t sequences, Room& s) {
+void layer(const Arguments& x, std::int64_t b, std::int64_t sequences, Scratch& s) {
   const auto& a = x.attention;
   const std::int64_t rows = sequences * a.n, heads = a.H * a.D, E = heads + 2 * a.G * a.D;
   float* y = x.y + b * a.n * x.W;
@@ -130,9 +130,9 @@ void layer(const Arguments& x, std::int64_t b, std::int64_t sequences, Room& s) 
 }
 
 template <int R>
-void sequences(const Arguments& x, std::int64_t begin, std::int64_t end) {
+void some_sequences(const Arguments& x, std::int64_t begin, std::int64_t end) {
   const std::int64_t together = std::max<std::int64_t>(1, kRows / x.attention.n);
-  Room s(x, together * x.attention.n);
+  Scratch s(x, together * x.attention.n);
   for (std::int64_t b = begin; b < end; b += together)
     layer<R>(x, b, std::min(together, end - b), s);
 }
@@ -140,11 +140,11 @@ void sequences(const Arguments& x, std::int64_t begin, std::int64_t end) {
 // As many rows as have their sums in registers.
 #ifdef ALIGNKIT_V4
 ALIGNKIT_V4 void by_eight(const Arguments& x, std::int64_t begin, std::int64_t end) {
-  sequences<8>(x, begin, end);
+  some_sequences<8>(x, begin, end);
 }
 #endif
 ALIGNKIT_BELOW_V4 void by_four(const Arguments& x, std::int64_t begin, std::int64_t end) {
-  sequences<4>(x, begin, end);
+  some_sequences<4>(x, begin, end);
 }
 
 }  // namespace
