@@ -8,7 +8,7 @@ import torch
 
 from alignkit.models.language import Tokens
 from alignkit.models.scores import Scores, tiny_scorelm
-from alignkit.papers import bspo, j1
+from alignkit.papers import bspo, j1_toy
 from alignkit.rl.algorithms import BSPO, until_unsupported
 from alignkit.rl.rollout import Rollout, whiten
 from alignkit.worlds import evidence
@@ -100,18 +100,18 @@ def test_j1_1_the_second_look_helps_nobody():
         for k in range(2, slots, 2):
             assert np.isclose(evidence.ceiling(k, slots, p), evidence.ceiling(k - 1, slots, p))
     # so a judge that always sees something new gains from every other Wait only
-    gains = np.diff([j1.toy_accuracy(waits, 1.0, 1.0) for waits in range(7)])
+    gains = np.diff([j1_toy.toy_accuracy(waits, 1.0, 1.0) for waits in range(7)])
     assert (gains[1::2] < 1e-12).all() and (gains[0::2] > 0.02).all()
 
 
 def test_j1_2_selecting_how_and_not_only_what_moves_the_habits():
-    traces = j1.simulate_toy(0.3, 0.3, waits=2, n=100_000, seed=0)
+    traces = j1_toy.simulate_toy(0.3, 0.3, waits=2, n=100_000, seed=0)
     right = traces.verdicts[:, -1] == traces.labels
     careful = right & traces.updated.any(1) & (traces.new.sum(1) >= 2)
-    by_outcome, by_process = (j1.toy_fit(traces[rows]) for rows in (right, careful))
+    by_outcome, by_process = (j1_toy.toy_fit(traces[rows]) for rows in (right, careful))
     assert max(abs(np.subtract(by_outcome, 0.3))) < 0.02
     assert min(np.subtract(by_process, 0.3)) > 0.2
-    gain = [j1.toy_accuracy(4, *judge) - j1.toy_accuracy(0, *judge)
+    gain = [j1_toy.toy_accuracy(4, *judge) - j1_toy.toy_accuracy(0, *judge)
             for judge in (by_outcome, by_process)]
     assert gain[1] > 2 * gain[0]
 

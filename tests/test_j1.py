@@ -9,7 +9,7 @@ import torch
 from alignkit import runs
 from alignkit.claims import evaluate
 from alignkit.models.language import LanguagePolicy, tiny_causal_lm
-from alignkit.papers import j1
+from alignkit.papers import j1, j1_toy
 from alignkit.worlds import evidence
 from alignkit.worlds.evidence import (
     CLOSE,
@@ -83,15 +83,15 @@ def test_reports_are_the_items_winners_but_for_misreadings():
 
 @pytest.mark.parametrize("p_new, p_update", [(0.3, 0.3), (0.8, 0.1), (1.0, 1.0), (0.0, 0.5)])
 def test_the_closed_form_is_what_the_simulation_does(p_new, p_update):
-    played = j1.simulate_toy(p_new, p_update, waits=5, n=60_000, seed=3)
-    exact = [j1.toy_accuracy(waits, p_new, p_update) for waits in range(6)]
+    played = j1_toy.simulate_toy(p_new, p_update, waits=5, n=60_000, seed=3)
+    exact = [j1_toy.toy_accuracy(waits, p_new, p_update) for waits in range(6)]
     assert np.abs(played.accuracy - exact).max() < 4 * 0.5 / np.sqrt(60_000)
 
 
 def test_imitation_of_all_traces_finds_the_teacher_even_where_updates_are_hidden():
-    traces = j1.simulate_toy(0.4, 0.6, waits=3, n=50_000, seed=0)
-    assert np.allclose(j1.toy_fit(traces), (0.4, 0.6), atol=0.01)
-    assert abs(j1.toy_hidden_fit(traces) - 0.6) < 0.02
+    traces = j1_toy.simulate_toy(0.4, 0.6, waits=3, n=50_000, seed=0)
+    assert np.allclose(j1_toy.toy_fit(traces), (0.4, 0.6), atol=0.01)
+    assert abs(j1_toy.toy_hidden_fit(traces) - 0.6) < 0.02
 
 
 # Who writes what

@@ -18,7 +18,7 @@ from alignkit.judging.pairs import read_pairs
 from alignkit.judging.verdicts import Choice
 from alignkit.models.language import from_seed, quiet_transformers
 from alignkit.own import run_jobs
-from alignkit.papers import j1, j1_own
+from alignkit.papers import j1, j1_own, j1_small
 
 SIZES = {"updates": "2", "traces": "8", "sft_epochs": "1", "sft_batch": "8", "sft_lr": "0.001", "waits": "1",
          "max_new_tokens": "12", "answer_tokens": "4", "max_tokens": "512", "batch_size": "4"}
@@ -233,7 +233,7 @@ def test_the_small_model_on_llmbar(mine, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ALIGNKIT_DATA", str(tmp_path))
     assert cli.main(command) == 1
     assert "expected Natural/dataset.json in LLMBar's folder" in capsys.readouterr().err
-    for count, name in enumerate(j1_own.SUBSETS.values(), 2):
+    for count, name in enumerate(j1_small.SUBSETS.values(), 2):
         folder = tmp_path / "llmbar" / name
         folder.mkdir(parents=True)
         rows = [{"input": f"{i}?", "output_1": "yes", "output_2": "no", "label": 1 + i % 2} for i in range(count)]
@@ -241,16 +241,16 @@ def test_the_small_model_on_llmbar(mine, tmp_path, monkeypatch, capsys):
     shutil.copytree(mine / "model", tmp_path / "chat")
     j1_own.judge_tokenizer(str(mine / "model")).save_pretrained(tmp_path / "chat")
     monkeypatch.setenv("ALIGNKIT_SMALL_MODEL", str(tmp_path / "chat"))
-    monkeypatch.setattr(j1_own.SmallConfig, "__init__", _short(j1_own.SmallConfig.__init__))
+    monkeypatch.setattr(j1_small.SmallConfig, "__init__", _short(j1_small.SmallConfig.__init__))
     assert cli.main(command) == 0
     results = {claim["key"]: claim for claim in json.loads((tmp_path / "out" / "j1.json").read_bytes())["claims"]}
-    assert set(results) == {claim.key for claim in j1_own.small_claims()}
+    assert set(results) == {claim.key for claim in j1_small.small_claims()}
     assert {claim["verdict"] for claim in results.values()} == {"reported"}
     records = runs.load_records(tmp_path / "out", "j1")
     assert [len({r.arm for r in records}), len(records)] == [5, 5]  # of the first seed alone
-    pooled = j1_own.pooled_worth(records)[100]
+    pooled = j1_small.pooled_worth(records)[100]
     assert pooled.shape == (2 + 3 + 4 + 4 + 4, 4)  # at most 4 of each
-    figures = {claim.key: claim.figure(records)[100] for claim in j1_own.small_claims()}
+    figures = {claim.key: claim.figure(records)[100] for claim in j1_small.small_claims()}
     assert figures["8c.accuracy-3"] == pytest.approx(pooled[:, 3].mean())
     assert figures["8c.slope"] == pytest.approx(np.polyfit(range(4), pooled.mean(0), 1)[0], abs=1e-12)
     assert 0 <= figures["8c.unread-0"] <= 1

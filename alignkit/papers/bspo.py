@@ -6,7 +6,7 @@
 __all__ = ['ARXIV', 'BURNT_SEEDS', 'CONFIRMATION_SEEDS', 'TABULAR_SEEDS', 'ENSEMBLE', 'METHODS', 'ARMS', 'WORLD_I_PREFIX',
            'LABELS', 'EVALUATED', 'SHOWN_RESPONSES', 'SHARED_FIELDS', 'STAGE_FIELDS', 'KL_COEFS', 'EPS_BETAS',
            'V_MIN_MARGINS', 'SIMPLER', 'SUPPORTS', 'OTHER_KL', 'EPS_SWEEP', 'V_MIN_SWEEP', 'WORLD_I', 'ALL_ARMS',
-           'Figures', 'CURVES', 'UWO_WEIGHTS', 'FINES', 'REGIME_ARMS', 'policy_values', 'greedy', 'minimum_return',
+           'CURVES', 'UWO_WEIGHTS', 'FINES', 'REGIME_ARMS', 'policy_values', 'greedy', 'minimum_return',
            'supported_backup', 'contraction_ratio', 'supported_q_values', 'supported_policy_iteration',
            'supported_value_iteration', 'supported_state_values', 'v_form_deviation', 'tabular', 'tabular_claims',
            'Config', 'train_sft', 'train_scorelm', 'train_behaviour', 'Arm', 'Models', 'TableSupport',
@@ -26,13 +26,16 @@ from torch import Tensor
 
 from .. import runs
 from alignkit.claims import (
+    OURS,
     Claim,
     Exact,
+    Figures,
     Greater,
     Plot,
     Reported,
     difference,
     scalar,
+    scalar_of,
 )
 from alignkit.models.language import (
     LanguageCritic,
@@ -241,7 +244,7 @@ def _exact(
     key: str, statement: str, source: str, name: str, tolerance: float = 1e-9
 ) -> Claim:
     return Claim(key, statement, "theorem", source, "mini", ("tabular",),
-                 lambda records: scalar(records, "tabular", name), Exact(tolerance))
+                 scalar_of("tabular", name), Exact(tolerance))
 
 # %% ../../nbs/papers/01_bspo.ipynb #005e496e
 def tabular_claims() -> list[Claim]:
@@ -275,7 +278,7 @@ def tabular_claims() -> list[Claim]:
         _exact("9a.7", "on trees, r + γV of the V-form equals Q", "Theorem 4",
                "v_form_gap"),
         Claim("9a.gold", "gold value of the last supported policy less that of plain "
-              "policy iteration", "", "not in the paper", "mini", ("tabular",),
+              "policy iteration", "", OURS, "mini", ("tabular",),
               lambda records: difference(scalar(records, "tabular", "gold_supported"),
                                          scalar(records, "tabular", "gold_plain")),
               Reported()),
@@ -809,17 +812,10 @@ def run(
                     on_progress=on_progress)
 
 # %% ../../nbs/papers/01_bspo.ipynb #9c6e4241
-Figures = Callable[[Sequence[Record]], dict[int, float]]
-
-
 def _end_lead(arm: str, other: str, name: str = "gold") -> Figures:
     "`name` at the end of one arm minus that of another."
     return lambda records: difference(scalar(records, arm, f"{name}_end"),
                                       scalar(records, other, f"{name}_end"))
-
-
-def _scalar(arm: str, name: str) -> Figures:
-    return lambda records: scalar(records, arm, name)
 
 
 def _accuracy_gap(arm: str) -> Figures:
@@ -861,16 +857,16 @@ def main_claims() -> list[Claim]:
               ["scorelm-0"], _accuracy_gap("scorelm-0"), Greater(), "Fig. 1c",
               "75.9 % − 58.1 %"),
         _mini("9b.2-drop", "PPO loses gold from its peak to the end", ["ppo"],
-              _scalar("ppo", "gold_drop"), Greater(margin=1.0), "Fig. 3"),
+              scalar_of("ppo", "gold_drop"), Greater(margin=1.0), "Fig. 3"),
         _mini("9b.2-proxy", "PPO's proxy rises from the gold peak to the end", ["ppo"],
-              _scalar("ppo", "proxy_rise"), Greater(), "Fig. 3"),
+              scalar_of("ppo", "proxy_rise"), Greater(), "Fig. 3"),
         *(_mini(f"9b.2-{LABELS[arm]}",
                 f"gold that {LABELS[arm]} loses from its peak to the end", [arm],
-                _scalar(arm, "gold_drop"), Reported(), "Fig. 3") for arm in ARMS[1:]),
+                scalar_of(arm, "gold_drop"), Reported(), "Fig. 3") for arm in ARMS[1:]),
         _mini("9b.2-shuffled",
               "gold that BSPO with a shuffled support table loses from its peak to the end",
-              ["bspo_shuffled"], _scalar("bspo_shuffled", "gold_drop"), Reported(),
-              "not in the paper"),
+              ["bspo_shuffled"], scalar_of("bspo_shuffled", "gold_drop"), Reported(),
+              OURS),
         *(_mini(f"9b.3-{LABELS[arm]}", statement, ["bspo", arm], _end_lead("bspo", arm),
                 Reported() if arm == "ppo_kl" else Greater(), "Fig. 3")
           for arm, statement in ahead.items()),
@@ -903,27 +899,27 @@ def support_claims() -> list[Claim]:
 
     def lead(key: str, arm: str, statement: str, accept=reported) -> Claim:
         return _mini(key, statement, ["bspo", arm], _end_lead("bspo", arm), accept,
-                     "not in the paper")
+                     OURS)
 
     return [
         *(lead(f"9b.3-{LABELS[arm]}", arm,
                f"gold at the end, BSPO less {LABELS[arm]}") for arm in SIMPLER),
         _mini("9b.5-oracle", "gold at the end, true support less ScoreLM's",
               ["bspo_oracle", "bspo"], _end_lead("bspo_oracle", "bspo"), Reported(),
-              "not in the paper"),
+              OURS),
         _mini("9b.5-oracle-unsupported",
               "unsupported words at the end with the true support", ["bspo_oracle"],
-              _scalar("bspo_oracle", "unsupported_end"), Reported(), "not in the paper"),
+              scalar_of("bspo_oracle", "unsupported_end"), Reported(), OURS),
         _mini("9b.5-bspo-unsupported", "unsupported words at the end with ScoreLM's",
-              ["bspo"], _scalar("bspo", "unsupported_end"), Reported(), "Fig. 4b"),
+              ["bspo"], scalar_of("bspo", "unsupported_end"), Reported(), "Fig. 4b"),
         _mini("9b.5-recall", "share of unsupported words that ScoreLM's β detects",
-              ["scorelm-0"], _scalar("scorelm-0", "detector_recall"), Reported(),
-              "not in the paper"),
+              ["scorelm-0"], scalar_of("scorelm-0", "detector_recall"), Reported(),
+              OURS),
         lead("9b.5-separate", "bspo_separate",
              "gold at the end, shared trunk less a separate behaviour model"),
         _mini("9b.5-plain", "gold at the end, PPO on ScoreLM's reward less PPO on a "
               "plain reward model's", ["ppo", "ppo_plain"], _end_lead("ppo", "ppo_plain"),
-              Reported(), "not in the paper"),
+              Reported(), OURS),
         _mini("9b.6", "at equal KL, BSPO's gold exceeds the best PPO-KL's",
               ["bspo", "ppo_kl", *OTHER_KL], _matched_kl, Greater(seeds=8), "Fig. 4c"),
         lead("9b.7-smallest", EPS_SWEEP[0],
@@ -954,7 +950,7 @@ def world_i_claims() -> list[Claim]:
               "75.9 % − 58.1 %"),
         *(_mini(f"9b.3-I-{LABELS[arm[2:]].removeprefix('BSPO, ')}".replace(" ", "-"),
                 f"in world I, gold at the end, BSPO less {LABELS[arm[2:]]}",
-                ["I.bspo", arm], _end_lead("I.bspo", arm), Reported(), "not in the paper")
+                ["I.bspo", arm], _end_lead("I.bspo", arm), Reported(), OURS)
           for arm in others),
     ]
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BURNT_SEEDS', 'DEGENERATE', 'RECALL_EPS', 'ARMS', 'EXTRA_ARMS', 'EXTRA_SEEDS', 'PREFIX', 'LABELS', 'EVALUATED',
            'SHOWN_RESPONSES', 'SHARED_FIELDS', 'STAGE_FIELDS', 'ARM_FIELDS', 'TRIED', 'KL_COEFS', 'REGIME_ARMS',
-           'Figures', 'SmallConfig', 'Writer', 'sample_pool', 'Pool', 'train_proxy', 'ShuffledSupport', 'Players',
-           'load_players', 'train_small_policy', 'jobs', 'regime_jobs', 'claims', 'plots']
+           'SmallConfig', 'Writer', 'sample_pool', 'Pool', 'train_proxy', 'ShuffledSupport', 'Players', 'load_players',
+           'train_small_policy', 'jobs', 'regime_jobs', 'claims', 'plots']
 
 # %% ../../nbs/papers/01a_bspo_small.ipynb #3e76cd88
 import copy
@@ -21,7 +21,15 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from .. import runs
-from ..claims import Claim, Greater, Plot, Reported, difference, scalar
+from alignkit.claims import (
+    Claim,
+    Figures,
+    Greater,
+    Plot,
+    Reported,
+    difference,
+    scalar_of,
+)
 from ..generate.local import Samples
 from alignkit.models.language import (
     LanguagePolicy,
@@ -545,11 +553,8 @@ def regime_jobs(dtype: str = "auto") -> list[Job]:
                                      for arm in REGIME_ARMS for seed in BURNT_SEEDS])
 
 # %% ../../nbs/papers/01a_bspo_small.ipynb #fdfb4eec
-Figures = Callable[[Sequence[Record]], dict[int, float]]
-
-
 def _of(arm: str, name: str) -> Figures:
-    return lambda records: scalar(records, PREFIX + arm, name)
+    return scalar_of(PREFIX + arm, name)
 
 
 def _lead(arm: str, other: str, name: str = "gold_end") -> Figures:
