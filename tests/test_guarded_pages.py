@@ -22,7 +22,7 @@ from alignkit.ops import dispatch
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect and fork")
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 80, 255, 256, 257, 321]
 GROUP_SIZES = [1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65]
-GROUPS = [1, 2, 3, 4, 5, 32, 33, 37]
+GROUPS = [1, 2, 3, 4, 5, 32, 33, 37, 64, 65]
 NO_ACCESS = 0
 
 

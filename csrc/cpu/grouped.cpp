@@ -2,13 +2,10 @@
 // RLOO, 2402.14740): mean first, then deviations, so that close rewards keep their differences.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "kernels.h"
 #include "wide.h"
-
-#ifdef ALIGNKIT_V4
-#include <immintrin.h>
-#endif
 
 namespace alignkit {
 namespace {
@@ -84,63 +81,6 @@ struct OneAtATime {
   }
 };
 
-#ifdef ALIGNKIT_V4
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
-// The same sixteen rewards at a time. A register holds groups of four or of eight, or eight
-// rewards of two groups each: what is added across lanes is then added for both at once.
-struct SixteenAtATime {
-  static constexpr int kWidth = 16, kHalf = kWidth / 2;
-  typedef float Lanes __attribute__((vector_size(64)));
-  typedef std::int32_t Index __attribute__((vector_size(64)));
-  static constexpr Index kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-  // Every lane becomes the sum over its group's lanes, which are 2 * kBy.
-  template <int kBy>
-  static void total(Lanes& x) {
-    if constexpr (kBy > 0) {
-      x += __builtin_shuffle(x, kLane ^ kBy);
-      total<kBy / 2>(x);
-    }
-  }
-
-  // Two halves of a register that lie `apart`; a mask leaves out what is beside them.
-  static constexpr __mmask16 kLow = 0x00ff, kHigh = 0xff00;
-  static void load(const float* from, int apart, Lanes& x) {
-    x = _mm512_maskz_loadu_ps(kLow, from);
-    x = _mm512_mask_loadu_ps(x, kHigh, from + apart - kHalf);
-  }
-
-  static void store(const Lanes& x, int apart, float* to) {
-    _mm512_mask_storeu_ps(to, kLow, x);
-    _mm512_mask_storeu_ps(to + apart - kHalf, kHigh, x);
-  }
-
-  template <int kSize>
-  static void batch(const float* rewards, int n, float* d, float* squares) {
-    constexpr int kWithin = std::min(kSize, kHalf), kParts = kSize / kWithin;
-    constexpr int kGroups = kWidth / kWithin, kApart = kParts == 1 ? kHalf : kSize;
-    int g = 0;
-    for (; g + kGroups <= n; g += kGroups) {
-      Lanes x[kParts], sum = {}, square = {};
-      for (int p = 0; p < kParts; ++p) load(rewards + g * kSize + p * kHalf, kApart, x[p]);
-      const Lanes first = __builtin_shuffle(x[0], kLane & -kWithin);
-      for (int p = 0; p < kParts; ++p) sum += x[p] - first;
-      total<kWithin / 2>(sum);
-      const Lanes above = sum * (1.0f / kSize), mean = first + above;
-      const Lanes rest = (first - mean) + above;
-      for (int p = 0; p < kParts; ++p) x[p] = (x[p] - mean) - rest;
-      for (int p = 0; p < kParts; ++p) square += x[p] * x[p];
-      total<kWithin / 2>(square);
-      for (int p = 0; p < kParts; ++p) store(x[p], kApart, d + g * kSize + p * kHalf);
-      for (int i = 0; i < kGroups; ++i) squares[g + i] = square[i * kWithin];
-    }
-    OneAtATime::batch<kSize>(rewards + g * kSize, n - g, d + g * kSize, squares + g);
-  }
-};
-#pragma GCC pop_options
-#endif
-
 // Groups of kSize rewards that all count, in floats. Square roots and divisions of a batch of
 // groups stand side by side, where a compiler can vectorise them.
 template <int kSize, class Deviations>
@@ -171,34 +111,41 @@ void fixed_groups(const GroupedArguments& x) {
   }
 }
 
-template <class Deviations>
-bool known_size(const GroupedArguments& x) {
-  switch (x.group_size) {
-    case 4: return fixed_groups<4, Deviations>(x), true;
-    case 8: return fixed_groups<8, Deviations>(x), true;
-    case 16: return fixed_groups<16, Deviations>(x), true;
-    case 32: return fixed_groups<32, Deviations>(x), true;
-    case 64: return fixed_groups<64, Deviations>(x), true;
-  }
-  return false;
-}
-
 #ifdef ALIGNKIT_V4
-ALIGNKIT_V4 bool by_sixteen(const GroupedArguments& x) { return known_size<SixteenAtATime>(x); }
+#include "grouped_v4.h"
+
+ALIGNKIT_V4 void by_sixteen(const GroupedArguments& x) {
+  std::int64_t done = 0;
+  switch (x.offsets ? 0 : x.group_size) {
+    case 4: return fixed_groups<4, SharedRegisters>(x);
+    case 8: return fixed_groups<8, SharedRegisters>(x);
+    case 16: done = whole_batches<16>(x); break;
+    case 32: done = whole_batches<32>(x); break;
+    case 64: done = whole_batches<64>(x); break;
+  }
+  groups_from(x, done);
+}
 #endif
 
 // Whether the groups were of a size that is unrolled, and are done.
-bool by_the_widest(const GroupedArguments& x) {
-#ifdef ALIGNKIT_V4
-  if (has_v4()) return by_sixteen(x);
-#endif
-  return known_size<OneAtATime>(x);
+bool unrolled(const GroupedArguments& x) {
+  switch (x.offsets ? 0 : x.group_size) {
+    case 4: return fixed_groups<4, OneAtATime>(x), true;
+    case 8: return fixed_groups<8, OneAtATime>(x), true;
+    case 16: return fixed_groups<16, OneAtATime>(x), true;
+    case 32: return fixed_groups<32, OneAtATime>(x), true;
+    case 64: return fixed_groups<64, OneAtATime>(x), true;
+  }
+  return false;
 }
 
 }  // namespace
 
 void grouped_advantage(const GroupedArguments& x) {
-  if (!x.offsets && !x.mask && by_the_widest(x)) return;
+#ifdef ALIGNKIT_V4
+  if (!x.mask && has_v4()) return by_sixteen(x);
+#endif
+  if (!x.mask && unrolled(x)) return;
   for (std::int64_t g = 0; g < x.G; ++g)
     x.mask ? any_group<true>(x, group(x, g)) : any_group<false>(x, group(x, g));
 }
