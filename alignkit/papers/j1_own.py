@@ -6,7 +6,7 @@
 __all__ = ['GIVEN', 'HELD_OUT', 'PLAIN', 'APPENDED', 'SHOWN_PAIRS', 'Scored', 'AUTHORS_SCORES', 'OwnConfig', 'own_config',
            'load_pairs', 'rewarded_pairs', 'pairs_to_judge', 'drawn_rows', 'judge_tokenizer', 'ask', 'opened',
            'fitting', 'demonstrate', 'trace_rows', 'imitate_own', 'verdict_rows', 'right_verdict', 'reinforce_own',
-           'ask_at_every_level', 'curve_result', 'worth', 'authors_scores', 'judge_own', 'own_jobs']
+           'ask_at_every_level', 'curve_result', 'verdicts_of', 'worth', 'authors_scores', 'judge_own', 'own_jobs']
 
 # %% ../../nbs/papers/05b_j1_own.ipynb #cf481a7c
 import re
@@ -491,7 +491,8 @@ def curve_result(curve: Curve) -> Result:
         "unread": (curve.verdicts == UNREAD).mean((0, 1)).tolist(),
         "wrong_to_right": [0.0, *(flip.wrong_to_right.value for flip in flips)],
         "right_to_wrong": [0.0, *(flip.right_to_wrong.value for flip in flips)],
-        "right": curve.right.ravel().tolist(), "items": items.tolist()}
+        "right": curve.right.ravel().tolist(), "items": items.tolist(),
+        "labels": curve.labels.tolist(), "verdicts": curve.verdicts.ravel().tolist()}
     counts = {f"{outcome}_{n}": count for n, level in zip(curve.waits, curve.outcomes, strict=True)
               for outcome, count in level.items()}
     return Result(scalars, curves, {"pairs": len(curve.labels), **counts}, _transcripts(curve))
@@ -503,6 +504,12 @@ def _transcripts(curve: Curve) -> dict[str, list[str]]:
         f"{said.completion.text}  ({said.outcome}; better: {'AB'[label]})"
         for (said, _), label in zip(level[:SHOWN_PAIRS], curve.labels, strict=False)]
         for n, level in zip(curve.waits, curve.judgements, strict=True)}
+
+
+def verdicts_of(record: Record) -> np.ndarray:  # (n, 2, L) as in `metrics`
+    "What the judge said of each pair, in both orders, at each level."
+    shape = record.counts["pairs"], 2, len(record.curves["waits"])
+    return np.array(record.curves["verdicts"], dtype=int).reshape(shape)
 
 
 def worth(record: Record) -> np.ndarray:  # (n, L)
@@ -533,7 +540,7 @@ def authors_scores(
         for name, score in scored(curve, level, subsets).items()}
 
 
-@stage(version=1)
+@stage(version=2)
 def judge_own(work: Work) -> Result:
     "One judge on one set, at every level of forcing."
     config = OwnConfig(**work.config)

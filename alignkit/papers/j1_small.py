@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUBSETS', 'DATA_VARIABLE', 'PREFIX', 'LEADING', 'SMALL_ARMS', 'llmbar_folder', 'SmallConfig', 'judge_small',
-           'small_jobs', 'pooled_worth', 'small_claims']
+           'small_jobs', 'pooled', 'small_claims']
 
 # %% ../../nbs/papers/05c_j1_small.ipynb #9886f328
 import os
@@ -16,12 +16,12 @@ import numpy as np
 
 from ..claims import Claim, Figures, Reported
 from ..generate.model import LocalModel
-from ..judging.metrics import item_slopes
+from ..judging.metrics import consistent, credit, item_slopes, position_bias
 from ..judging.pairs import read_pairs
 from ..judging.scaling import END
 from ..models.language import fast_dtype, quiet_transformers
 from ..models.weights import small_model
-from .j1_own import ask_at_every_level, curve_result, drawn_rows, worth
+from .j1_own import ask_at_every_level, curve_result, drawn_rows, verdicts_of
 from ..runs import Job, Record, Result, Work, stage
 from ..training import one_thread
 
@@ -54,7 +54,7 @@ class SmallConfig:
     batch_size: int = 16
 
 
-@stage(version=1)
+@stage(version=2)
 def judge_small(work: Work) -> Result:
     "The small model on one subset."
     fields = dict(work.config)
@@ -90,20 +90,38 @@ def small_jobs(config: SmallConfig, seeds: Iterable[int]) -> list[Job]:
 SMALL_ARMS = tuple(PREFIX + subset for subset in SUBSETS)
 
 
-def pooled_worth(records: Sequence[Record]) -> dict[int, np.ndarray]:  # {seed: (n, L)}
-    "What the small model's verdicts were worth, pair by pair, over all subsets."
+def pooled(records: Sequence[Record]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    "{seed: (n,) labels and (n, 2, L) verdicts} of the small model, over all subsets."
     here = [record for record in records if record.arm in SMALL_ARMS]
-    return {seed: np.concatenate([worth(r) for r in here if r.seed == seed])
+    return {seed: (np.concatenate([r.curves["labels"] for r in here if r.seed == seed]).astype(int),
+                   np.concatenate([verdicts_of(r) for r in here if r.seed == seed]))
             for seed in sorted({r.seed for r in here})}
 
 
-def _pooled(of_worth: Callable[[np.ndarray], float]) -> Figures:
-    return lambda records: {seed: float(of_worth(right))
-                            for seed, right in pooled_worth(records).items()}
+def _pooled(of: Callable[[np.ndarray, np.ndarray], float]) -> Figures:
+    return lambda records: {seed: float(of(labels, verdicts))
+                            for seed, (labels, verdicts) in pooled(records).items()}
 
 
-def _accuracy(level: int) -> Figures:
-    return _pooled(lambda right: right[:, level].mean())
+def _accuracy(level: int, unread: float = 0.0) -> Figures:
+    return _pooled(lambda labels, verdicts:
+                   credit(verdicts[:, :, level], labels, unread).mean())
+
+
+def _slope(unread: float = 0.0) -> Figures:
+    def of(labels: np.ndarray, verdicts: np.ndarray) -> float:
+        right = credit(verdicts, labels, unread).mean(1)
+        return item_slopes(range(right.shape[1]), right).mean()
+
+    return _pooled(of)
+
+
+def _position_bias(level: int) -> Figures:
+    return _pooled(lambda _, verdicts: position_bias(verdicts[:, :, level]).value)
+
+
+def _consistency(level: int) -> Figures:
+    return _pooled(lambda _, verdicts: consistent(verdicts[:, :, level]).mean())
 
 
 def _mean(name: str, level: int) -> Figures:
@@ -117,20 +135,28 @@ def _mean(name: str, level: int) -> Figures:
 
     return figure
 
-
+# %% ../../nbs/papers/05c_j1_small.ipynb #953252c5
 def small_claims() -> list[Claim]:
     "8c: a real model that was never rewarded for verdicts. All of it is reported."
+    asked = f"SmolLM2-135M on {len(SUBSETS) * SmallConfig.pairs} pairs of LLMBar"
+
     def reported(key: str, statement: str, figure: Figures, value: str = "") -> Claim:
-        return Claim(f"8c.{key}", f"SmolLM2-135M on LLMBar: {statement}", value,
-                     "abstract, finding 1", "small", SMALL_ARMS, figure, Reported())
+        return Claim(f"8c.{key}", f"{asked}: {statement}", value, "abstract, finding 1", "small",
+                     SMALL_ARMS, figure, Reported())
 
     return [
         *(reported(f"accuracy-{n}", f"accuracy at {n} Waits", _accuracy(n)) for n in range(4)),
-        reported("slope", "slope per Wait",
-                 _pooled(lambda right: item_slopes(range(right.shape[1]), right).mean()),
+        *(reported(f"accuracy-half-{n}", f"accuracy at {n} Waits where no verdict counts one half",
+                   _accuracy(n, 0.5)) for n in (0, 3)),
+        reported("slope", "slope per Wait", _slope(), "no trend"),
+        reported("slope-half", "slope per Wait where no verdict counts one half", _slope(0.5),
                  "no trend"),
         *(reported(f"unread-{n}", f"share of verdicts that could not be read, at {n} Waits",
                    _mean("unread", n)) for n in (0, 3)),
+        *(reported(f"position-bias-{n}", "share of decided verdicts for the place shown first, "
+                   f"less one half, at {n} Waits", _position_bias(n)) for n in (0, 3)),
+        *(reported(f"consistency-{n}", f"share of pairs with one verdict in both orders, at {n} "
+                   "Waits", _consistency(n)) for n in (0, 3)),
         *(reported(f"thinking-{n}", f"thinking tokens at {n} Waits", _mean("thinking", n))
           for n in (0, 3)),
         reported("truncated-3", "share of traces cut by the budget, at 3 Waits",
