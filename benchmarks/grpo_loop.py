@@ -6,7 +6,7 @@ Both train the same randomly initialised Llama on 32 prompts x 8 completions of 
 reward, learning rate and end token, in turn, each run from the same weights with a seed of its own; the first step of
 a run is not timed. Size 135m is a pretrained model (`alignkit.models.weights`), on 8 prompts x 8 completions: a step
 of it takes a minute, so `--runs 1 --steps 2` is enough. `tests/test_trl.py` holds advantages, loss and gradient of the two against each other. Beside the
-times stands the floor: the model's own forward and backward pass over the batch.
+times stands the floor, which has its turn too: the model's own forward and backward pass over the batch.
 """
 
 import argparse
@@ -163,9 +163,11 @@ def floor(setup):
     "Seconds of one forward and backward pass over the tokens of a step."
     lm = setup.fresh()
     ids = torch.randint(0, lm.config.vocab_size, (setup.completions, setup.new + 1))
-    start = time.perf_counter()
-    lm(ids).logits.logsumexp(-1).mean().backward()
-    return time.perf_counter() - start
+    for _ in range(2):  # the first warms up
+        start = time.perf_counter()
+        lm(ids).logits.logsumexp(-1).mean().backward()
+        seconds = time.perf_counter() - start
+    return seconds
 
 
 def main():
@@ -180,13 +182,14 @@ def main():
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     setup = pretrained() if args.size == "135m" else random_llama(SIZES[args.size])
+    floors = []
     times, curves = ({"alignkit": [], "trl": []} for _ in range(2))
     for seed in range(args.runs):
         for name, loop in (("alignkit", ours), ("trl", theirs)):
             seconds, rewards = loop(setup, args.method, args.steps, seed)
             times[name].append(median(seconds))
             curves[name].append(rewards)
-    floors = [floor(setup) for _ in range(2 * args.runs)]
+        floors.append(floor(setup))
     ratio = [b / a for a, b in zip(times["alignkit"], times["trl"], strict=True)]
     parameters = sum(p.numel() for p in setup.fresh().parameters())
     result = {"date": datetime.now(UTC).date().isoformat(), "machine": runs.machine(),

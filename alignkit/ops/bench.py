@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LOOP', 'SCAN', 'TORCHRL', 'TORCHRL_VEC', 'NUMBA', 'TRL', 'EAGER', 'COMPILE', 'INDEX', 'UIDS', 'DICTIONARY',
            'SEGMENTS', 'LOG_SOFTMAX', 'UPCAST', 'LSE', 'MULTINOMIAL', 'RACE', 'COPY', 'COLD_COPY', 'READ', 'PLAIN',
-           'MHA', 'SDPA', 'ABSORBED', 'ABSORBED_COMPILE', 'EPS_BETA', 'CASES', 'TURN', 'PATIENCE', 'FLUSH', 'HEAD',
-           'Peer', 'Case', 'gae_case', 'masked_gae_case', 'truncated_gae_case', 'supported_gae_case', 'dual_gae_case',
-           'grouped_case', 'unscaled_case', 'ragged_case', 'grouped_comparison_case', 'token_logps_case',
-           'from_logits_case', 'sample_tokens_case', 'clipped_policy_loss_case', 'attention_fusion_case', 'Planned',
-           'clock', 'alternate', 'missing', 'difference', 'measure', 'bench', 'overhead', 'contention', 'recorded',
-           'origin', 'how', 'line', 'lines', 'table', 'rows_of', 'missed', 'figures', 'roofline', 'largest_error',
-           'error_table']
+           'EXPONENTIALS', 'READ_TOKENS', 'PRODUCT', 'MHA', 'SDPA', 'ABSORBED', 'ABSORBED_COMPILE', 'EPS_BETA', 'CASES',
+           'TURN', 'PATIENCE', 'FLUSH', 'HEAD', 'Peer', 'Case', 'gae_case', 'masked_gae_case', 'truncated_gae_case',
+           'supported_gae_case', 'dual_gae_case', 'grouped_case', 'unscaled_case', 'ragged_case',
+           'grouped_comparison_case', 'token_logps_case', 'from_logits_case', 'sample_tokens_case',
+           'clipped_policy_loss_case', 'attention_fusion_case', 'Planned', 'clock', 'alternate', 'missing',
+           'difference', 'kernel_share', 'measure', 'bench', 'overhead', 'contention', 'recorded', 'origin', 'how',
+           'line', 'lines', 'table', 'rows_of', 'missed', 'figures', 'roofline', 'largest_error', 'error_table']
 
 # %% ../../nbs/kernels/09_bench.ipynb #e1528c62
 import contextlib
@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -73,6 +74,8 @@ UPCAST, LSE = "upcast, log_softmax + gather", "torch.compile(gather - logsumexp)
 MULTINOMIAL, RACE = "softmax + multinomial + gather", "exponential race"
 COPY, COLD_COPY = "copy of the same bytes", "the same copy, both cold"
 READ, PLAIN = "read of the logits", "plain gae"
+EXPONENTIALS, READ_TOKENS = "as many exponentials by torch", "read of the tokens"
+PRODUCT = "matrix product of as many multiplications"
 MHA, SDPA = "nn.MultiheadAttention", "linear + SDPA"
 ABSORBED, ABSORBED_COMPILE = "absorbed torch", "torch.compile(absorbed torch)"
 
@@ -217,6 +220,16 @@ def _logits(N: int, V: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Te
 def _read(logits: Tensor) -> Tensor:
     return logits.view(torch.float32).sum() # of bfloat16: two at a time
 
+def _exponentials(N: int, V: int, device: str) -> Callable[[], Any]:
+    "Of N rows of V floats, in a buffer that stays in cache: no logits are read."
+    x, out = torch.zeros(2, V, device=device)
+
+    def run() -> None:
+        for _ in range(N):
+            torch.exp(x, out=out)
+
+    return run
+
 def token_logps_case(N: int, V: int, dtype: torch.dtype, device: str) -> Case:
     "`token_logps` with the support of the behaviour policy (and the entropy)."
     logits, ids = _logits(N, V, dtype, device)
@@ -231,7 +244,8 @@ def token_logps_case(N: int, V: int, dtype: torch.dtype, device: str) -> Case:
             UPCAST, lambda: peers.log_softmax_gather(logits.float(), ids, EPS_BETA)))
     return Case("token_logps", "", (N, V), _name(dtype), N * V * logits.element_size(),
                 lambda: ops.token_logps(logits, ids, eps_beta=EPS_BETA), rivals,
-                {READ: lambda: _read(logits)}, lambda theirs, ours: (theirs[0].float(), ours[0]))
+                {READ: lambda: _read(logits), EXPONENTIALS: _exponentials(N, V, device)},
+                lambda theirs, ours: (theirs[0].float(), ours[0]))
 
 def from_logits_case(B: int, T: int, V: int, device: str) -> Case:
     "BSPO's advantages from the logits of the behaviour model: support first, then the floor."
@@ -259,7 +273,7 @@ def sample_tokens_case(N: int, V: int, dtype: torch.dtype, device: str) -> Case:
                 lambda: ops.sample_tokens(logits, uniforms),
                 [Peer(MULTINOMIAL, lambda: peers.multinomial_gather(logits)),
                  Peer(RACE, lambda: peers.exponential_race(logits))],
-                {READ: lambda: _read(logits)},
+                {READ: lambda: _read(logits), EXPONENTIALS: _exponentials(N, V, device)},
                 lambda theirs, _: (theirs[1], ops.token_logps(logits, theirs[0]).logps))
 
 # %% ../../nbs/kernels/09_bench.ipynb #cdaa3475
@@ -304,6 +318,11 @@ def attention_fusion_case(
     w_q, w_k, w_v = projections
 
     compiled = torch.compile(partial(ops.attention_fusion_reference, heads=heads), dynamic=False)
+    # scores and sums of every head over its tokens, and the projections of each query
+    multiplications = B * (2 * (Nv + Nt) * heads * D + 3 * D * D) * (3 if gradient else 1)
+    factor = torch.randn(D, D, generator=_random()).to(device)
+    rows = torch.randn(multiplications // D**2, D, generator=_random()).to(device)
+    product = torch.empty_like(rows)
     moved = sum(t.numel() for t in x) * 4 * (3 if gradient else 1)
     return Case("attention_fusion", "with gradient" if gradient else "", (B, Nv, Nt, D), "float32",
                 moved, lambda: done(ops.attention_fusion(*leaves, heads=heads)[0]),
@@ -314,7 +333,9 @@ def attention_fusion_case(
                  Peer(ABSORBED, lambda: done(
                      ops.attention_fusion_reference(*leaves, heads=heads)[0])),
                  Peer(ABSORBED_COMPILE, lambda: done(compiled(*leaves)[0]), "c++")],
-                compare=lambda theirs, ours: (theirs[:3], ours[:3]) if gradient else (theirs, ours))
+                {READ_TOKENS: lambda: (visual.detach().sum(), tactile.detach().sum()),
+                 PRODUCT: lambda: torch.mm(rows, factor, out=product)},
+                lambda theirs, ours: (theirs[:3], ours[:3]) if gradient else (theirs, ours))
 
 # %% ../../nbs/kernels/09_bench.ipynb #d0282b1f
 class Planned(NamedTuple):
@@ -369,7 +390,7 @@ CASES: dict[str, list[Planned]] = {
 
 # %% ../../nbs/kernels/09_bench.ipynb #15add66b
 TURN = 1e-3 # seconds: what is quicker runs several times in its turn
-PATIENCE = 3.0 # seconds a contender may take of a case, beyond its first three rounds
+PATIENCE = 20.0 # seconds a contender may take of a case, beyond its first three rounds
 FLUSH = 2**27 # bytes: more than the last cache
 
 def clock(device: str) -> tuple[str, Callable[[], float]]: # its name, seconds
@@ -449,15 +470,52 @@ def _against(
 ) -> dict[str, Any]:
     own = times["ours, cold" if name == COLD_COPY else "ours"]
     ours, theirs = _quartiles(own), _quartiles(times[name])
-    ratio, goal = theirs[0] / ours[0], goals.get(name)
     rounds = [b / a for a, b in zip(own, times[name], strict=False)]
+    ratio, *spread = _quartiles(rounds)
+    goal = goals.get(name)
     return {
         "peer": name, "rounds": len(rounds),
         "ours_us": 1e6 * ours[0], "ours_quartiles_us": [1e6 * x for x in ours[1:]],
         "peer_us": 1e6 * theirs[0], "peer_quartiles_us": [1e6 * x for x in theirs[1:]],
-        "ratio": ratio, "ratio_quartiles": _quartiles(rounds)[1:],
+        "ratio": ratio, "ratio_quartiles": spread,
         "copy_share": statistics.median(times[COPY]) / statistics.median(times["ours"]),
         "goal": goal, "met": None if goal is None else ratio >= goal}
+
+class _Timed:
+    "A compiled module that adds up the time spent in its functions."
+    def __init__(self, module: Any):
+        self.module, self.seconds = module, 0.0
+
+    def __getattr__(self, name: str) -> Callable:
+        function = getattr(self.module, name)
+
+        def timed(*args: Any) -> Any:
+            start = time.thread_time()
+            try:
+                return function(*args)
+            finally:
+                self.seconds += time.thread_time() - start
+
+        return timed
+
+def kernel_share(
+    run: Callable[[], Any], # calls an operator on the CPU
+    calls: int = 200,
+) -> float: # in [0, 1]; the clock's own cost counts as the kernel's
+    "How much of a call's time is spent in C++; the rest are checks, dispatcher and outputs."
+    original = dispatch.extension
+    kernels = _Timed(original("cpu"))
+
+    def timed(name: str) -> Any:
+        return kernels if name == "cpu" else original(name)
+
+    with mock.patch.object(dispatch, "extension", timed):
+        run()
+        kernels.seconds = 0.0
+        start = time.thread_time()
+        for _ in range(calls):
+            run()
+        return kernels.seconds / (time.thread_time() - start)
 
 def measure(
     case: Case,
@@ -466,9 +524,11 @@ def measure(
     goals: Mapping[str, float] | None = None, # contender -> ratio; None: nothing is asked
 ) -> list[dict[str, Any]]: # a row a peer, then one a yardstick
     "Check that all do the same work, then time them, and what else the case is held against."
+    threads = torch.get_num_threads()
+    share = kernel_share(case.ours, 20) if (device, threads) == ("cpu", 1) else None
     what = {"op": case.op, "variant": case.variant, "shape": list(case.shape),
-            "dtype": case.dtype, "device": device, "threads": torch.get_num_threads(),
-            "clock": clock(device)[0], "moved": case.moved}
+            "dtype": case.dtype, "device": device, "threads": threads,
+            "clock": clock(device)[0], "moved": case.moved, "kernel_share": share}
     goals = goals or {}
     yardsticks = [COPY, COLD_COPY, *case.yardsticks]
     known = {*yardsticks, *(peer.name for peer in case.peers)}
@@ -505,7 +565,7 @@ def bench(
     names: Iterable[str] = (), # operators; none: all of them
     rounds: int = 20, # medians are taken over so many
     device: str | None = None, # None: "cuda" where there is a GPU, else "cpu"
-    threads: int = 1, # of torch; our kernels use one
+    threads: int = 1, # of torch, and of our kernels where a call is large
 ) -> Iterator[dict[str, Any]]: # rows, as `measure` makes them, as they are measured
     "Time operators against their peers. Raises ValueError for a name it does not know."
     names = list(names) or list(CASES)
@@ -581,6 +641,7 @@ def contention(
         gae_case(256, 1024, "cpu"), grouped_case(4096, 16, "cpu"),
         clipped_policy_loss_case(256, 512, "cpu"),
         token_logps_case(64, 32000, torch.float32, "cpu"),
+        sample_tokens_case(64, 32000, torch.float32, "cpu"),
         attention_fusion_case(64, 64, 16, 256, 8, False, "cpu"))}
 
     def seconds(run: Callable[[], Any], threads: int) -> float:
@@ -659,7 +720,8 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     for row in rows:
         name = f"{_case_name(row)} {row['dtype']}"
         if name != shown:
-            yield name
+            share = row.get("kernel_share")
+            yield name + (f": {share:.0%} of a call in C++" if share else "")
             shown = name
         yield line(row)
 
