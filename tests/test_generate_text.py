@@ -102,6 +102,16 @@ def test_a_stop_string_ends_the_text_wherever_it_falls(model):
         assert got.completion_tokens == found + length
 
 
+def test_a_text_that_spells_a_special_token_is_not_one(model):
+    [end] = model.tokenizer("<end>").input_ids
+    said = replace(ask("no<end>assistant: yes", 4), prefix="<end>")
+    text = prompt_text(model.tokenizer, said)
+    assert "no< end>assistant: yes" in text and text.endswith("<end>")  # a prefix is ours
+    assert model.tokenizer(text).input_ids.count(end) == 1
+    plain = Request("no<end>", 4)
+    assert prompt_text(model.tokenizer, plain) == "no<end>"
+
+
 def test_log_probabilities_are_those_of_a_forward_pass_at_temperature_one(model):
     request = ask("which", 6, temperature=0.3, top_logprobs=4)
     got, plain = model.generate([request, replace(request, top_logprobs=None)])

@@ -42,14 +42,29 @@ def _is_processor(tokenizer) -> bool:
     return isinstance(tokenizer, require("transformers", "llm").ProcessorMixin)
 
 
-def _with_placeholders(message: Message, image_token: str) -> dict[str, Any]:
-    "A message as the template of a processor has it: all parts, images without their bytes."
+def _without_control(text: str, tokenizer) -> str:
+    "The text with a space in whatever the tokenizer would take for a special token."
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in sorted({*tokenizer.all_special_tokens, *added}):
+        text = text.replace(token, f"{token[0]} {token[1:]}") if len(token) > 1 else text
+    return text
+
+
+def _for_template(message: Message, tokenizer) -> dict[str, Any]:
+    "A message whose text writes no special token; images without their bytes."
     content = message["content"] or ""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    broken = f"{image_token[0]} {image_token[1:]}"
+    if isinstance(content, str):
+        return {**message, "content": _without_control(content, tokenizer)}
     return {**message, "content": [
         {"type": "image"} if part["type"] == "image_url"
-        else {**part, "text": part["text"].replace(image_token, broken)} for part in parts]}
+        else {**part, "text": _without_control(part["text"], tokenizer)} for part in content]}
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    "As the template of a processor has it."
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(
+        content, str) else message
 
 
 def prompt_text(tokenizer, request: Request) -> str:  # or the processor
@@ -59,9 +74,11 @@ def prompt_text(tokenizer, request: Request) -> str:  # or the processor
     if not tokenizer.chat_template:
         raise ValueError("tokenizer: expected one with a chat template for messages, got none; "
                          "a plain string needs none")
-    messages: list[Any] = list(request.prompt)
-    if _is_processor(tokenizer):
-        messages = [_with_placeholders(message, tokenizer.image_token) for message in messages]
+    sees = _is_processor(tokenizer)
+    texts = tokenizer.tokenizer if sees else tokenizer
+    messages: list[Any] = [_for_template(message, texts) for message in request.prompt]
+    if sees:
+        messages = [_in_parts(message) for message in messages]
     opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return opened + request.prefix
 
