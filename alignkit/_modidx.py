@@ -259,6 +259,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'alignkit/generate/local.py'),
                                          'alignkit.generate.local._head': ( 'library/generate_local.html#_head',
                                                                             'alignkit/generate/local.py'),
+                                         'alignkit.generate.local._looks': ( 'library/generate_local.html#_looks',
+                                                                             'alignkit/generate/local.py'),
                                          'alignkit.generate.local._read_prompts': ( 'library/generate_local.html#_read_prompts',
                                                                                     'alignkit/generate/local.py'),
                                          'alignkit.generate.local._reader': ( 'library/generate_local.html#_reader',
