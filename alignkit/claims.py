@@ -314,7 +314,7 @@ def matches(
 )->bool:
     "Whether --only selects this key: the key itself, or a part of it."
     wanted = (only,) if isinstance(only, str) else only
-    return not wanted or any(key == w or key.startswith(w + "-") for w in wanted)
+    return not wanted or any(key == w or key.startswith((f"{w}-", f"{w}.")) for w in wanted)
 
 # %% ../nbs/library/03_claims.ipynb #bc3ebf09
 def holm_by_key(

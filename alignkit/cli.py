@@ -495,7 +495,7 @@ def add_run(commands: Any) -> None:
     run.add_argument("--first-seed", type=at_least(0), default=100, metavar="K",
                      help="default: 100")
     run.add_argument("--only", nargs="+", action="extend", default=[], metavar="KEY",
-                     help="these claims, and the arms they need; 9b.3 means 9b.3-* too")
+                     help="these claims, and the arms they need; 9b.3 means 9b.3-* too, 9b all of 9b.*")
     run.add_argument("--out", metavar="DIR", help="default: runs/PAPER/SCALE")
     run.add_argument("--jobs", type=at_least(1), metavar="P", help="processes; default: 2")
     run.add_argument("--fresh", action="store_true", help="repeat jobs that are done")

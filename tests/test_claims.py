@@ -166,6 +166,7 @@ def test_bad_claims_are_refused(make, message):
     ("9b.3", ["9b.3"], True), ("9b.3-WCO", ["9b.3"], True), ("9b.3-WCO", ["9b.3-WCO"], True),
     ("9b.31", ["9b.3"], False), ("9b.3", ["9b.3-WCO"], False), ("M4", [], True),
     ("9b.control", ["9a.1", "9b.control"], True), ("9b.3-PPO-KL", "9b.3-PPO", True),
+    ("9b.3-WCO", ["9b"], True), ("9a.1", ["9b"], False),
 ])
 def test_matches(key, only, expected):
     assert c.matches(key, only) is expected
