@@ -208,11 +208,29 @@ def claims_table(
 
 # %% ../nbs/library/12_report.ipynb #8b43ccb0
 def heading(results:Mapping[str, Any])->str:
-    "What ran, where and how long: one line."
-    paper, seeds = results["paper"], span(results["seeds"])
-    what = f"{paper} at {results['scale']} scale, seeds {seeds}"
-    minutes = f"latest run {results['seconds'] / 60:.1f} minutes on {machine(results)}"
-    return f"{what}: {minutes}, commit {results['commit']}"
+    "What the claims of each scale stand on, and the latest run: one line."
+    parts = [*_scales(results["claims"]), ("latest run", _latest(results))]
+    return f"{results['paper']}, " + "; ".join(f"{term}: {text}" for term, text in parts)
+
+def _scales(claims:Sequence[Mapping[str, Any]])->list[tuple[str, str]]:
+    "What each scale's claims stand on."
+    facts = []
+    for scale in dict.fromkeys(claim["scale"] for claim in claims):
+        here = [claim for claim in claims if claim["scale"] == scale]
+        seeds = sorted({seed for claim in here for seed in claim["seeds"]})
+        commits = sorted({one for claim in here for one in claim["commit"].split(", ")})
+        run = f"{_seeds(seeds)}, commit {', '.join(commits)}" if seeds else "no seed has run"
+        facts.append((f"claims at {scale}", f"{len(here)}, {run}"))
+    return facts
+
+def _seeds(seeds:Sequence[int])->str:
+    return f"seed{'s' * (len(seeds) != 1)} {span(seeds)}"
+
+def _latest(results:Mapping[str, Any])->str:
+    "One run may have decided a part of the claims, on seeds of its own."
+    minutes = f"{results['seconds'] / 60:.1f} minutes on {machine(results)}"
+    return (f"{results['scale']}, {_seeds(results['seeds'])}, {minutes}, "
+            f"commit {results['commit']}")
 
 def machine(results:Mapping[str, Any])->str:
     "Processor and cores; a run elsewhere may have noted other things."
@@ -810,25 +828,11 @@ def _facts(
 )->list[tuple[str, str]]: # terms and texts
     "Where a paper's numbers come from."
     versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items())
-    latest = (f"{results['scale']}, seeds {span(results['seeds'])}, "
-              f"{results['seconds'] / 60:.1f} minutes on {machine(results)}, "
-              f"commit {results['commit']}")
     work = [("all jobs", _work(records))] if records else []
     weights = sorted({line for r in records for line in r.texts.get("weights", ())})
     used = [("pretrained weights", ", ".join(weights))] if weights else []
-    return [("latest run", latest), *_scales(results["claims"]), *work, *used,
+    return [("latest run", _latest(results)), *_scales(results["claims"]), *work, *used,
             ("versions", versions), ("verdicts", summary(results["claims"]))]
-
-def _scales(claims:Sequence[Mapping[str, Any]])->list[tuple[str, str]]:
-    "What each scale's claims stand on."
-    facts = []
-    for scale in dict.fromkeys(claim["scale"] for claim in claims):
-        here = [claim for claim in claims if claim["scale"] == scale]
-        seeds = sorted({seed for claim in here for seed in claim["seeds"]})
-        commits = ", ".join(sorted({claim["commit"] for claim in here}))
-        run = f"seeds {span(seeds)}, commit {commits}" if seeds else "no seed has run"
-        facts.append((f"claims at {scale}", f"{len(here)}, {run}"))
-    return facts
 
 def _work(records:Sequence[Record])->str:
     "Jobs, minutes, machines."

@@ -1,13 +1,15 @@
 "J1: the world's traces, who writes what in a rollout, the two-number judge, and the jobs end to end."
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from alignkit import runs
-from alignkit.claims import evaluate
+from alignkit.claims import evaluate, load_results
 from alignkit.models.language import LanguagePolicy, tiny_causal_lm
 from alignkit.papers import j1, j1_toy
 from alignkit.worlds import evidence
@@ -234,6 +236,28 @@ def test_every_arm_runs_and_every_claim_finds_its_figures(smoke):
     assert set(without) <= {"8b.3-relative", "8b.4-matched", "8b.6"}  # of nothing, too few, all equal
     assert {r["key"].partition("-")[0] for r in results} == {
         "8a.1", "8a.2", "8a.3", *(f"8b.{i}" for i in range(1, 9)), "8b.greedy", "8b.control"}
+
+
+def test_rl_s_lead_is_also_counted_where_no_verdict_is_worth_one_half():
+    """What SFT loses by missing verdicts is no judgement that RL has gained."""
+    slopes = {"rl_forced": (0.02, 0.03), "sft": (-0.04, -0.01)}
+    records = [SimpleNamespace(arm=arm, seed=7, scalars={"slope": s, "slope_unread_half": half})
+               for arm, (s, half) in slopes.items()]
+    figures = {claim.key: claim.figure for claim in j1.claims()}
+    assert figures["8b.3"](records)[7] == pytest.approx(0.06)
+    assert figures["8b.3-half"](records)[7] == pytest.approx(0.04)
+
+
+def test_committed_claims_are_what_is_claimed_today_of_the_committed_records():
+    folder = Path(__file__).parent.parent / "results"
+    committed = {claim["key"]: claim for claim in load_results(folder / "j1.json")["claims"]}
+    today = evaluate(j1.claims(), runs.load_records(folder, "j1"))
+    assert {claim["key"] for claim in today} == set(committed)
+    for claim in today:
+        held = committed[claim["key"]]
+        for name in ("statement", "seeds", "accept", "verdict"):
+            assert claim[name] == held[name], claim["key"]
+        assert claim["per_seed"] == pytest.approx(held["per_seed"], abs=1e-12), claim["key"]
 
 
 def test_records_hold_the_curves_that_the_notebook_draws(smoke):

@@ -109,6 +109,20 @@ def test_catalogue():
 # The terminal's table
 
 
+def test_the_line_above_the_table_says_what_each_scale_s_claims_stand_on():
+    """The latest run may have been of one scale, on other seeds, with other code."""
+    mixed = results(entry(), entry("9b.4", commit="abc1234, bbb0000"),
+                    entry("9c.1", per_seed=(3.0,), scale="small", commit="fff0000"),
+                    scale="small", seeds=[100], commit="fff0000")
+    line = ("bspo, claims at mini: 2, seeds 100–104, commit abc1234, bbb0000; "
+            "claims at small: 1, seed 100, commit fff0000; "
+            "latest run: small, seed 100, 1.5 minutes on a laptop, 2 cores, commit fff0000")
+    assert report.heading(mixed) == line
+    table = report.show_claims(mixed)
+    assert f"<p>{line}</p>" in table._repr_html_()
+    assert " ".join(repr(table).split("\n\n")[0].split()) == line
+
+
 LONG = "a statement that goes on and on about " * 12
 
 

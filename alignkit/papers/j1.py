@@ -633,6 +633,8 @@ def scaling_claims() -> list[Claim]:
               _lead(rl, sft, "gain"), value="5.1 % (undefined)"),
         _mini("8b.3-relative", "relative gain of three Waits, RL with forced Waits less SFT",
               [rl, sft], _lead(rl, sft, "relative_gain"), value="4.1 % relative"),
+        _mini("8b.3-half", "slope per Wait where no verdict counts one half, RL with forced Waits "
+              "less SFT", [rl, sft], _lead(rl, sft, "slope_unread_half"), source=OURS),
         _mini("8b.3-natural", "slope per Wait, RL at natural length less SFT", [natural, sft],
               _lead(natural, sft)),
         _mini("8b.3-forced", "slope per Wait, RL with forced Waits less RL at natural length",
@@ -698,7 +700,7 @@ CURVED = ("base", "sft", "rl_natural", "rl_forced", "rl_random")
 
 
 def plots() -> list[Plot]:
-    "Accuracy against thinking, and the reward along the way."
+    "Accuracy against thinking."
     def ends(records: Sequence[Record]) -> str:
         gains = {arm: scalar(records, arm, "gain") for arm in ("sft", "rl_forced")}
         return "Gained by three Waits: " + ", ".join(
