@@ -22,13 +22,19 @@ constexpr int kBlock = 4;   // tokens, and queries, whose products stay in regis
 constexpr int kWidth = 2 * kVector;  // rows are padded to a multiple of it
 
 // products[q * kTile + t] = queries[q] . tokens[t], for Q queries and kBlock tokens.
+//
+// Where tokens are read first, those of the next tile, which mostly stand one tile further, are
+// fetched meanwhile: a row is too short for the processor to see them coming.
 template <int Q>
 void products_of_block(const float* queries, const float* const* tokens, std::int64_t width,
-                       float* products) {
+                       std::int64_t fetched, float* products) {
   Vector sums[Q][kBlock] = {};
   for (std::int64_t d = 0; d < width; d += kVector) {
     Vector token[kBlock];
-    for (int t = 0; t < kBlock; ++t) load(tokens[t] + d, token[t]);
+    for (int t = 0; t < kBlock; ++t) {
+      load(tokens[t] + d, token[t]);
+      __builtin_prefetch(tokens[t] + d + fetched);
+    }
     for (int q = 0; q < Q; ++q) {
       Vector query;
       load(queries + q * width + d, query);
@@ -42,13 +48,15 @@ void products_of_block(const float* queries, const float* const* tokens, std::in
 // These two are compiled for themselves, because each is called in several places.
 ALIGNKIT_WIDE void products(const float* queries, std::int64_t H, const float* const* tokens,
                             std::int64_t width, float* out) {
+  const auto ahead = [=](std::int64_t q) { return q == 0 ? kTile * width : 0; };
   std::int64_t q = 0;
   for (; q + kBlock <= H; q += kBlock)
     for (int t = 0; t < kTile; t += kBlock)
-      products_of_block<kBlock>(queries + q * width, tokens + t, width, out + q * kTile + t);
+      products_of_block<kBlock>(queries + q * width, tokens + t, width, ahead(q),
+                                out + q * kTile + t);
   for (; q < H; ++q)
     for (int t = 0; t < kTile; t += kBlock)
-      products_of_block<1>(queries + q * width, tokens + t, width, out + q * kTile + t);
+      products_of_block<1>(queries + q * width, tokens + t, width, ahead(q), out + q * kTile + t);
 }
 
 // out[i] += sum over k of factors[i * step_i + k * step_k] rows[k], for I rows of `out`.
