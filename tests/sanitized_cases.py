@@ -7,6 +7,7 @@ for what serves a GPU (benchmarks/gpu_check.sh). After SECONDS no further case b
 kernels treat specially: nothing, one, a register, a chunk, a tile and one more.
 """
 
+import functools
 import importlib.util
 import random
 import sys
@@ -21,6 +22,7 @@ from alignkit.ops.decoder import LayerWeights, PackedLayer, Product
 
 EDGES = [0, 1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33]
 LONG = [255, 256, 257, 511, 512, 513, 1023, 1024, 1025]
+PARALLEL = dispatch.PARALLEL
 
 
 def load(path):
@@ -75,9 +77,17 @@ def comparisons():
     ops.grouped_comparison(floats(P, n, n, 2), complete=maybe(flags(P, n)))
 
 
+@functools.cache
+def far_apart():
+    """Room for rows of 1025 whose third begins past 2**31; only what is written takes memory."""
+    return torch.empty(2**31 + 1025, dtype=torch.bfloat16)
+
+
 def logits():
     N, V = random.choice([0, 1, 3]), size(1)
     x, ids = floats(N, V), torch.randint(V, (N,))
+    if x.device.type == "cpu" and random.random() < 0.05:
+        x = far_apart().as_strided((N, V), (2**30, 1)).copy_(x)
     out = ops.token_logps(x.requires_grad_(), torch.where(flags(N), ids, -100))
     (out.logps.sum() + out.entropy.sum()).backward()
     ops.sample_tokens(x.detach(), torch.rand(N))
@@ -133,6 +143,13 @@ def layers():
 KINDS = [advantages, groups, comparisons, logits, losses, fusions, attentions, layers]
 
 
+def draw_threads():
+    """Some calls are shared out, however small they are; torch's own stay with one thread."""
+    dispatch.PARALLEL = 1 if random.random() < 0.1 else PARALLEL
+    count = random.choice([2, 3, 8])
+    torch.get_num_threads = lambda: count
+
+
 def main(kernels, cases, seconds=float("inf")):
     start = time.monotonic()
     if kernels == "cuda":
@@ -144,6 +161,7 @@ def main(kernels, cases, seconds=float("inf")):
     torch.set_num_threads(1)
     done = 0
     while done < cases and time.monotonic() - start < seconds:
+        draw_threads()
         KINDS[done % len(KINDS)]()
         done += 1
     if kernels == "cuda":

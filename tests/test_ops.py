@@ -9,6 +9,7 @@ import pytest
 import torch
 from ops_cases import DEVICES, require
 
+import alignkit.ops.attention  # noqa: F401  registers `rotary_attention`
 from alignkit import ops
 from alignkit.ops import dispatch
 
@@ -110,9 +111,9 @@ def test_opcheck(name, device):
         torch.library.opcheck(op, args)
 
 
-def compiled(f, backend="aot_eager"):
+def compiled(f, backend="aot_eager", fullgraph=True):
     torch._dynamo.reset()
-    return torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
+    return torch.compile(f, fullgraph=fullgraph, dynamic=True, backend=backend)
 
 
 def all_operators(rewards, values, flags, logits, ids):
@@ -158,6 +159,25 @@ def test_one_graph_serves_every_shape(device):
         return
     with pytest.raises(ValueError, match="mask: expected only 0 and 1|terminated: expected only"):
         f(x[0], x[1], x[2] + 0.5, logits, ids)
+
+
+def head(hidden, weight, ids):
+    out = ops.linear_token_logps(hidden * 2, weight, ids, temperature=0.7, eps_beta=0.1)
+    return out.logps.sum() + out.entropy.sum() + out.supported.float().sum()
+
+
+@pytest.mark.parametrize("fullgraph", [False, pytest.param(True, marks=pytest.mark.xfail(
+    raises=torch._dynamo.exc.UserError, strict=True, reason="the data say how many rows count"))])  # fmt: skip
+def test_a_head_read_in_chunks_compiles_in_parts(fullgraph):
+    f = compiled(head, fullgraph=fullgraph)
+    for N, V, D in [(2, 5, 3), (7, 6, 9)]:
+        ids = torch.randint(0, V, (N,))
+        ids[0] = -100
+        x = [torch.randn(N, D).requires_grad_(), torch.randn(V, D).requires_grad_()]
+        expected, got = head(*x, ids), f(*x, ids)
+        torch.testing.assert_close(got, expected)
+        for found, right in zip(*(torch.autograd.grad(y, x) for y in (got, expected)), strict=True):
+            torch.testing.assert_close(found, right)
 
 
 def test_meta_tensors_have_shapes_and_dtypes():

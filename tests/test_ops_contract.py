@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from alignkit import ops
+from alignkit.ops import dispatch
 
-B, T, V, D = 3, 4, 5, 6
+B, T, V, D = 9, 4, 5, 6  # a row for each of eight threads, and one more
+LEARNING = "token_logps", "linear_token_logps", "clipped_policy_loss", "attention_fusion"
 
 
 def right_calls():
@@ -100,33 +102,59 @@ def refusals():
     print(count)
 
 
-def bits():
+def tensors(found):
+    """Those of an operator's result, which may hold tuples."""
+    return [y for x in found for y in tensors(x)] if isinstance(found, tuple) else [found]
+
+
+def bits(xs):
+    return b"".join(x.detach().numpy().tobytes() for x in xs)
+
+
+def outputs():
     """Every output of every operator, as bytes."""
-    outputs = []
-    for name, call in right_calls().items():
-        found = getattr(ops, name)(**call)
-        tensors = found if isinstance(found, tuple) else (found,)
-        for x in tensors:
-            outputs += [y.numpy().tobytes() for y in (x if isinstance(x, tuple) else (x,))]
-    return b"".join(outputs)
+    calls = right_calls().items()
+    return b"".join(bits(tensors(getattr(ops, name)(**call))) for name, call in calls)
+
+
+def gradients():
+    """The gradient of every floating input of the operators that have one, as bytes."""
+    found = []
+    for name in LEARNING:
+        call = right_calls()[name]
+        inputs = [x.requires_grad_() for x in call.values()
+                  if isinstance(x, torch.Tensor) and x.is_floating_point()]  # fmt: skip
+        results = tensors(getattr(ops, name)(**call))
+        whole = sum(x.sum() for x in results if x.requires_grad)
+        found += [x for x in torch.autograd.grad(whole, inputs, allow_unused=True) if x is not None]
+    assert len(found) > len(LEARNING)
+    return bits(found)
+
+
+def ask_for_threads(n):
+    """Even small calls are shared out among n threads from now on."""
+    torch.set_num_threads(n)
+    dispatch.PARALLEL = 1
+    assert dispatch.threads_for(1) == n
 
 
 def fork():
-    expected = bits()
+    ask_for_threads(3)
+    expected = outputs()  # the parent's workers run from now on
     child = os.fork()
     if not child:
         signal.alarm(5)  # a child that waits for threads it has not inherited waits for ever
-        os._exit(0 if bits() == expected else 1)
+        os._exit(0 if outputs() == expected else 1)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def threads():
     expected = []
     for n in (1, 2, 8):
-        torch.set_num_threads(n)
-        expected.append(bits())
+        ask_for_threads(n)
+        expected.append(outputs() + gradients())
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        expected += list(pool.map(lambda _: bits(), range(16)))
+        expected += list(pool.map(lambda _: outputs() + gradients(), range(16)))
     print(len(set(expected)))
 
 

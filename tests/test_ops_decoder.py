@@ -127,7 +127,7 @@ def test_a_fork_has_no_workers_to_wait_for(monkeypatch):
     expected = x.read(layer, range(5), [1, 1])  # the parent's workers run from now on
     child = multiprocessing.get_context("fork").Process(target=_answers, args=(layer, x, expected))
     child.start()
-    child.join(timeout=20)
+    child.join(timeout=5)
     hung = child.is_alive()
     child.kill()
     assert not hung and child.exitcode == 0

@@ -75,7 +75,15 @@ PLANTED = {
                             "(tile.index[t] >= x.Nv) + 1];\n    for"),
     "an array of a chunk too short": ("sampling", "float chunk[kChunk], e[kChunk];\n  float top",
                                       "float chunk[kChunk], e[kChunk - 1];\n  float top"),
+    "keys without their padding": ("attention", "x.room : whole(x.n)", "x.room : x.n"),
+    "a sequence after the last": ("decoder", "std::min(together, end - b)", "together"),
+    "an offset in 32 bits": ("sampling", "row_start(row, x.stride)",
+                             "static_cast<int>(row) * static_cast<int>(x.stride)"),
+    "an array that is gone": ("decoder", "a.qkv = s.qkv.data()",
+                              "a.qkv = std::vector<float>(s.qkv).data()"),
 }  # fmt: skip
+REPORTS = {"an offset in 32 bits": "runtime error: signed integer overflow",
+           "an array that is gone": "AddressSanitizer: heap-use-after-free"}  # fmt: skip
 
 
 @pytest.mark.timeout(300)
@@ -87,4 +95,5 @@ def test_a_planted_bug_is_caught(sound, tmp_path, bug):
     assert source.read_text().count(right) >= 1
     source.write_text(source.read_text().replace(right, wrong))
     done = run(linked(sound, compiled(tmp_path / "csrc", [name], tmp_path)), 3000)
-    assert done.returncode and "AddressSanitizer" in done.stderr, done.stdout + done.stderr[-2000:]
+    report = REPORTS.get(bug, "ERROR: AddressSanitizer")
+    assert done.returncode and report in done.stderr, done.stdout + done.stderr[-2000:]
