@@ -233,7 +233,9 @@ def linear_token_logps(
                             backend=backend)
         return found.logps, found.entropy
 
-    rows = (ids != IGNORE).nonzero()[:, 0]
+    rows = torch.arange(N, device=device)
+    if not torch.compiler.is_compiling(): # a graph cannot depend on how many count
+        rows = (ids != IGNORE).nonzero()[:, 0]
     parts = rows.split(max(1, CHUNK // max(V, 1)))
     found = [checkpoint(chunk, hidden[part], ids[part], use_reentrant=False,
                         preserve_rng_state=False)
