@@ -75,7 +75,7 @@ MULTINOMIAL, RACE = "softmax + multinomial + gather", "exponential race"
 COPY, COLD_COPY = "copy of the same bytes", "the same copy, both cold"
 READ, PLAIN = "read of the logits", "plain gae"
 EXPONENTIALS, READ_TOKENS = "as many exponentials by torch", "read of the tokens"
-PRODUCT = "matrix product of as many multiplications"
+PRODUCT = "product of as many multiplications"
 MHA, SDPA = "nn.MultiheadAttention", "linear + SDPA"
 ABSORBED, ABSORBED_COMPILE = "absorbed torch", "torch.compile(absorbed torch)"
 

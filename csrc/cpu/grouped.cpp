@@ -7,6 +7,10 @@
 #include "kernels.h"
 #include "wide.h"
 
+#ifdef ALIGNKIT_V4
+#include <immintrin.h>
+#endif
+
 namespace alignkit {
 namespace {
 

@@ -6,8 +6,6 @@
 // sixty-four. Still longer ones go through doubles.
 #pragma once
 
-#include <immintrin.h>
-
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
 
@@ -31,9 +29,9 @@ struct SharedRegisters {
 
   template <int kSize>
   static void batch(const float* rewards, int n, float* d, float* squares) {
-    constexpr int kGroups = kWidth / kSize;
+    constexpr int kShare = kWidth / kSize;
     int g = 0;
-    for (; g + kGroups <= n; g += kGroups) {
+    for (; g + kShare <= n; g += kShare) {
       Wide x;
       std::memcpy(&x, rewards + g * kSize, sizeof x);
       const Wide first = __builtin_shuffle(x, kLane & -kSize);
@@ -45,7 +43,7 @@ struct SharedRegisters {
       std::memcpy(d + g * kSize, &x, sizeof x);
       Wide square = x * x;
       total<kSize / 2>(square);
-      for (int i = 0; i < kGroups; ++i) squares[g + i] = square[i * kSize];
+      for (int i = 0; i < kShare; ++i) squares[g + i] = square[i * kSize];
     }
     OneAtATime::batch<kSize>(rewards + g * kSize, n - g, d + g * kSize, squares + g);
   }
