@@ -86,40 +86,72 @@ struct Batch {
   }
 };
 
-// Writes the deviations of sixteen groups from their means, and of each the sum of squares.
+// A number for each of sixteen groups, as two floats: the second is what the first left out.
+struct Pair {
+  float high[kWidth], low[kWidth];
+};
+
+inline void store(const Wide& high, const Wide& low, Pair& to) {
+  std::memcpy(to.high, &high, sizeof high);
+  std::memcpy(to.low, &low, sizeof low);
+}
+
+// Part p of group r, less `from`.
+template <int kSize>
+void deviation(const Batch<kSize>& batch, int g, int r, int p, const Pair& from, Wide& d) {
+  const __mmask16 lanes = batch.lanes(g + r, p);
+  d = _mm512_maskz_loadu_ps(lanes, batch.rewards + batch.start(g + r) + p * kWidth);
+  d = _mm512_maskz_sub_ps(lanes, d, _mm512_set1_ps(from.high[r]));
+  d = _mm512_maskz_sub_ps(lanes, d, _mm512_set1_ps(from.low[r]));
+}
+
+// How far the mean of each of sixteen groups lies above `from`.
 template <int kSize, int kParts>
-void deviations(const Batch<kSize>& batch, int g, float* squares) {
-  const float* const rewards = batch.rewards;
-  float* const d = batch.advantages;
-  Wide row[kWidth], sums, firsts, sizes;
-  float n[kWidth], first[kWidth], mean[kWidth], rest[kWidth];
+void above(const Batch<kSize>& batch, int g, const Pair& from, const Wide& sizes, Wide& mean) {
+  Wide row[kWidth];
   for (int r = 0; r < kWidth; ++r) {
-    const float* from = rewards + batch.start(g + r);
-    first[r] = from[0];
-    n[r] = static_cast<float>(batch.size(g + r));
     row[r] = Wide{};
     for (int p = 0; p < kParts; ++p) {
-      const __mmask16 lanes = batch.lanes(g + r, p);
-      const Wide x = _mm512_maskz_loadu_ps(lanes, from + p * kWidth);
-      row[r] += Wide(_mm512_maskz_sub_ps(lanes, x, _mm512_set1_ps(first[r])));
+      Wide d;
+      deviation(batch, g, r, p, from, d);
+      row[r] += d;
     }
   }
-  totals(row, sums);
-  std::memcpy(&firsts, first, sizeof first);
-  std::memcpy(&sizes, n, sizeof n);
-  const Wide above = sums / sizes, means = firsts + above, rests = (firsts - means) + above;
-  std::memcpy(mean, &means, sizeof mean);
-  std::memcpy(rest, &rests, sizeof rest);
+  totals(row, mean);
+  mean /= sizes;
+}
+
+// Writes the deviations of sixteen groups from their means, and of each the sum of squares. The
+// mean of a group whose size is no power of two is rounded once more than the others: what its
+// deviations leave over is taken from them, too.
+template <int kSize, int kParts>
+void deviations(const Batch<kSize>& batch, int g, float* squares) {
+  Pair from = {};
+  float n[kWidth];
   for (int r = 0; r < kWidth; ++r) {
-    const std::int64_t start = batch.start(g + r);
+    from.high[r] = batch.rewards[batch.start(g + r)];
+    n[r] = static_cast<float>(batch.size(g + r));
+  }
+  Wide first, sizes, rest = {}, more;
+  std::memcpy(&first, from.high, sizeof first);
+  std::memcpy(&sizes, n, sizeof n);
+  Wide mean = first;
+  for (bool again : {false, true}) {
+    if (kSize && again) break;
+    above<kSize, kParts>(batch, g, from, sizes, more);
+    if (!again) mean = first + more;
+    rest = (again ? rest : first - mean) + more;
+    store(mean, rest, from);
+  }
+  Wide row[kWidth], sums;
+  for (int r = 0; r < kWidth; ++r) {
     row[r] = Wide{};
     for (int p = 0; p < kParts; ++p) {
-      const __mmask16 lanes = batch.lanes(g + r, p);
-      Wide x = _mm512_maskz_loadu_ps(lanes, rewards + start + p * kWidth);
-      x = _mm512_maskz_sub_ps(lanes, x, _mm512_set1_ps(mean[r]));
-      x = _mm512_maskz_sub_ps(lanes, x, _mm512_set1_ps(rest[r]));
-      _mm512_mask_storeu_ps(d + start + p * kWidth, lanes, x);
-      row[r] += x * x;
+      Wide d;
+      deviation(batch, g, r, p, from, d);
+      _mm512_mask_storeu_ps(batch.advantages + batch.start(g + r) + p * kWidth,
+                            batch.lanes(g + r, p), d);
+      row[r] += d * d;
     }
   }
   totals(row, sums);
