@@ -4,6 +4,7 @@
 
 Writes benchmarks/results/kernels_cpu.json (kernels_cuda.json on a GPU), which the notebooks of `nbs/kernels` render;
 of the operators named, the rows there are replaced. Takes a quarter of an hour on two cores, mostly torch.compile's.
+kernels_cpu_epyc.json is an earlier record, of another processor.
 """
 
 import argparse

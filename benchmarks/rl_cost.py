@@ -6,7 +6,8 @@ The random Llama, prompts and reward are those of `grpo_loop.py`. One thing grow
 a completion, the vocabulary, the model. Ours and TRL's GRPO take turns, in every run from the same weights; the first
 step of a run is not timed. Times are CPU seconds of the process, on one thread, which other processes on the machine
 move little. The memory is that of one update (forward, loss, backward), as torch's allocator counts it, beside the
-same update with `log_softmax` over all logits. `nbs/library/10e_rl_cost.ipynb` draws what this records.
+same update with `log_softmax` over all logits. `nbs/library/10e_rl_cost.ipynb` draws what this records, beside
+the split of an earlier commit (rl_cost_before.json).
 """
 
 import argparse

@@ -500,7 +500,6 @@ class _Timed:
 
 def kernel_share(
     run: Callable[[], Any], # calls an operator on the CPU
-    calls: int = 200,
 ) -> float: # in [0, 1]; the clock's own cost counts as the kernel's
     "How much of a call's time is spent in C++; the rest are checks, dispatcher and outputs."
     original = dispatch.extension
@@ -513,7 +512,7 @@ def kernel_share(
         run()
         kernels.seconds = 0.0
         start = time.thread_time()
-        for _ in range(calls):
+        for _ in range(20):
             run()
         return kernels.seconds / (time.thread_time() - start)
 
@@ -525,7 +524,7 @@ def measure(
 ) -> list[dict[str, Any]]: # a row a peer, then one a yardstick
     "Check that all do the same work, then time them, and what else the case is held against."
     threads = torch.get_num_threads()
-    share = kernel_share(case.ours, 20) if (device, threads) == ("cpu", 1) else None
+    share = kernel_share(case.ours) if (device, threads) == ("cpu", 1) else None
     what = {"op": case.op, "variant": case.variant, "shape": list(case.shape),
             "dtype": case.dtype, "device": device, "threads": threads,
             "clock": clock(device)[0], "moved": case.moved, "kernel_share": share}

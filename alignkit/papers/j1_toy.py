@@ -190,13 +190,13 @@ def toy_claims() -> list[Claim]:
     "8a: the judge of two numbers."
     return [
         _claim("8a.1", "largest deviation of the closed form from the table", "table_gap",
-                  Exact(0.005)),
+               Exact(0.005)),
         _claim("8a.1-simulation", "largest deviation of the closed form from a simulation",
-                  "simulation_gap", Reported()),
+               "simulation_gap", Reported()),
         _claim("8a.2", "imitating right traces moves neither parameter by more than .02: "
-                  "the larger move", "sft_shift", Exact(0.02)),
+               "the larger move", "sft_shift", Exact(0.02)),
         _claim("8a.2-hidden", "p_update imitated where traces do not tell whether the verdict "
-                  "was recomputed (.3 before)", "sft_hidden_p_update", Reported()),
+               "was recomputed (.3 before)", "sft_hidden_p_update", Reported()),
         Claim("8a.3", "ascending the accuracy at two Waits brings both parameters above .8: the "
               "smaller less .8", "", OURS, "mini", ("toy",), _above, Greater()),
     ]
